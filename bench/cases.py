@@ -1,0 +1,135 @@
+"""What is measured: problems and lists of problems."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LOSSES = ("dice", "dice_ce", "gdl", "tversky")
+LAYOUTS = ("contiguous", "channels_last")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: softmax loss over integer labels.
+
+    shape: logits ``(B, C, *S)``; labels are ``(B, 1, *S)``. dtype, label_dtype: torch's names.
+    layout: memory format of the logits, "contiguous" or "channels_last" (of 2 or 3 spatial dims).
+    """
+
+    loss: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    label_dtype: str = "uint8"
+    layout: str = "contiguous"
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss: got {self.loss!r}, expected one of {LOSSES}")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout: got {self.layout!r}, expected one of {LAYOUTS}")
+
+    @property
+    def name(self) -> str:
+        size = "x".join(map(str, self.shape))
+        return f"{self.loss} {size} {self.dtype} {self.label_dtype} {self.layout}"
+
+    @property
+    def voxels(self) -> int:
+        return self.shape[0] * math.prod(self.shape[2:])
+
+    @property
+    def logits_bytes(self) -> int:
+        return math.prod(self.shape) * torch_dtype(self.dtype).itemsize
+
+    @property
+    def floor_bytes(self) -> int:
+        """Least traffic of a step: logits and labels read twice, the gradient written once."""
+        labels = self.voxels * torch_dtype(self.label_dtype).itemsize
+        return 3 * self.logits_bytes + 2 * labels
+
+    def tensors(self, device: str) -> tuple[Tensor, Tensor]:
+        """Logits (a leaf that requires grad) and labels, the same for every contender and run.
+
+        Labels come in blocks of eight voxels a side, as organs do: neighbours mostly agree.
+        """
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(self.shape, generator=generator).to(device, torch_dtype(self.dtype))
+        if self.layout == "channels_last":
+            formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+            logits = logits.contiguous(memory_format=formats[logits.ndim])
+        batch, classes, *space = self.shape
+        coarse = [math.ceil(size / 8) for size in space]
+        labels = torch.randint(classes, (batch, 1, *coarse), generator=generator)
+        for dim, size in enumerate(space, start=2):
+            labels = labels.repeat_interleave(8, dim).narrow(dim, 0, size)
+        labels = labels.to(device, torch_dtype(self.label_dtype)).contiguous()
+        return logits.requires_grad_(), labels
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A list of cases and how hard to measure them.
+
+    device: the only device type the suite makes sense on, None for any. compiled: also run what
+    needs torch.compile (minutes of compilation). memory: "none", "profiled" (what torch's
+    allocators hand out) or "resident" (also the peak resident size of subprocesses; CPU only).
+    """
+
+    cases: tuple[Case, ...]
+    device: str | None
+    rounds: int
+    compiled: bool
+    memory: str
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype: got {name!r}, expected the name of a torch dtype, as 'float32'")
+    return dtype
+
+
+# Brain tumours (4 classes), abdominal organs (14), whole body (117).
+_FEW, _SOME, _MANY = (2, 4, 96, 96, 96), (2, 14, 96, 96, 96), (1, 117, 64, 64, 64)
+
+_CPU = (
+    *(
+        Case(loss, shape)
+        for loss in ("dice_ce", "gdl", "tversky")
+        for shape in (_FEW, _SOME, _MANY)
+    ),
+    Case("dice", _FEW),
+    Case("dice_ce", _FEW, label_dtype="int64"),
+    Case("dice_ce", _FEW, layout="channels_last"),
+    Case("dice_ce", _SOME, dtype="bfloat16"),
+)
+
+_GPU = (
+    *(
+        Case(loss, (2, classes, 128, 128, 128), dtype)
+        for loss in ("dice_ce", "gdl", "tversky")
+        for classes in (4, 14)
+        for dtype in ("float32", "bfloat16")
+    ),
+    *(Case("dice_ce", (1, 117, 128, 128, 128), dtype) for dtype in ("float32", "bfloat16")),
+    Case("dice", (2, 4, 128, 128, 128)),
+    Case("dice_ce", (2, 14, 128, 128, 128), "float16"),
+    Case("dice_ce", (2, 4, 128, 128, 128), label_dtype="int64"),
+    Case("dice_ce", (2, 14, 128, 128, 128), "bfloat16", layout="channels_last"),
+)
+
+SUITES = {
+    "cpu": Suite(_CPU, "cpu", rounds=15, compiled=True, memory="resident"),
+    "gpu": Suite(_GPU, "cuda", rounds=30, compiled=True, memory="profiled"),
+    "quick": Suite(
+        (Case("dice_ce", (1, 4, 20, 24, 28)), Case("gdl", (2, 3, 17, 19, 23))),
+        None,
+        rounds=3,
+        compiled=False,
+        memory="profiled",
+    ),
+}

@@ -1,0 +1,168 @@
+"""Tables from a result file. ``python -m bench.report FILE...`` prints them again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from bench import schema
+from bench.cases import Case
+
+Row = dict[str, Any]
+
+
+def sound(row: Row) -> bool:
+    """It ran and, unless it is the floor, agrees with the float64 truth."""
+    checked = row["role"] == "floor" or (row["check"] is not None and row["check"]["passed"])
+    return row["milliseconds"] is not None and checked
+
+
+def ratio(slow: Row, fast: Row, part: str = "both") -> float | None:
+    """Median time of one row over that of another; None unless both are sound."""
+    if not (sound(slow) and sound(fast)):
+        return None
+    over: float = slow["milliseconds"][part]["median"]
+    under: float = fast["milliseconds"][part]["median"]
+    return over / under
+
+
+def best(rows: Iterable[Row], role: str) -> Row | None:
+    """The fastest sound row of a role."""
+    able = [row for row in rows if row["role"] == role and sound(row)]
+    return min(able, key=lambda row: row["milliseconds"]["both"]["median"], default=None)
+
+
+def render(document: schema.Document) -> str:
+    """All tables of a document: one per case and allocator, the summary, memory."""
+    groups = _groups(document["timings"])
+    parts = [_header(document)]
+    parts += [_case_table(rows) for rows in groups]
+    parts += ["Time, forward + backward, in one line per case", _summary(groups)]
+    if document["memory"]:
+        parts += ["Memory, as multiples of the logits' size", _memory_table(document["memory"])]
+    return "\n\n".join(parts)
+
+
+def _header(document: schema.Document) -> str:
+    host, device = document["host"], document["device"]
+    busy = (host["load_average"] or 0) > host["cores"] / 2
+    dirty = {True: " with local changes", False: "", None: ""}[document["dirty"]]
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    return (
+        f"suite {document['suite']} on {device['name']} ({device['type']}), "
+        f"backend {document['backend']}, {document['threads']} threads, {document['date']}\n"
+        f"commit {document['commit']}{dirty}\n"
+        f"{host['cpu']} ({host['cpu_capability']}, {host['cores']} cores, load "
+        f"{host['load_average']}), {host['system']}, {host['c_library']}\n{versions}"
+        + ("\nTHE MACHINE WAS BUSY at the start: these times prove nothing" if busy else "")
+    )
+
+
+def _groups(rows: list[Row]) -> list[list[Row]]:
+    """Rows of one case under one allocator, in their order."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((_name(row), row["allocator"]), []).append(row)
+    return list(groups.values())
+
+
+def _case_table(rows: list[Row]) -> str:
+    ours, floor = _the(rows, "ours"), _the(rows, "floor")
+    lines = []
+    for row in rows:
+        times = row["milliseconds"]
+        cells = [row["contender"], _verdict(row)]
+        if times is None:
+            lines.append(cells)
+            continue
+        both = times["both"]
+        cells += [f"{times[part]['median']:.2f}" for part in ("forward", "backward")]
+        cells += [f"{both['median']:.2f}", f"{both['min']:.2f}", f"{both['iqr']:.2f}"]
+        cells += [f"{row['traffic_bytes'] / both['median'] / 1e6:.1f}"]
+        cells += [_times(ratio(row, floor))]
+        cells += ["" if row is ours or row is floor else _faster(ratio(row, ours))]
+        cells += ["" if row["minor_faults"] is None else f"{row['minor_faults']:.0f}"]
+        lines.append(cells)
+    heads = ["contender", "check", "fwd ms", "bwd ms", "both ms", "min", "iqr", "GB/s", "x floor"]
+    heads += ["ours is", "faults"]
+    title = f"{_name(rows[0])}, allocator {rows[0]['allocator']}"
+    notes = [f"  {row['contender']}: {_reason(row)}" for row in rows if _reason(row)]
+    aligned = ["left", "left", *["right"] * 9]
+    table = tabulate(lines, heads, disable_numparse=True, colalign=aligned)
+    return "\n".join([title, table, *notes])
+
+
+def _summary(groups: list[list[Row]]) -> str:
+    lines = []
+    for rows in groups:
+        ours = _the(rows, "ours")
+        compiled = best(rows, "compiled")
+        lines.append(
+            [
+                _name(ours),
+                ours["allocator"],
+                _verdict(ours),
+                _times(ratio(ours, _the(rows, "floor"))),
+                _faster(ratio(_the(rows, "eager"), ours)),
+                _faster(ratio(compiled, ours)) if compiled else "",
+                compiled["contender"] if compiled else "",
+            ]
+        )
+    heads = ["case", "allocator", "check", "ours / floor", "than MONAI", "than best compiled"]
+    heads += ["which is"]
+    return tabulate(lines, heads, disable_numparse=True)
+
+
+def _memory_table(rows: list[Row]) -> str:
+    lines = []
+    for row in rows:
+        profiled, resident, unit = row["profiled"], row["resident"] or {}, row["logits_bytes"]
+        parts = [profiled[key] for key in ("forward_peak", "kept", "backward_peak")]
+        parts += [max(profiled["forward_peak"], profiled["kept"] + profiled["backward_peak"])]
+        parts += [resident.get(key) for key in ("forward_peak", "kept", "peak")]
+        cells = ["" if part is None else f"{part / unit:.4f}" for part in parts]
+        lines.append([_name(row), row["contender"], *cells])
+    heads = ["case", "contender", "forward", "kept", "backward", "peak"]
+    heads += ["resident forward", "kept", "peak"]
+    return tabulate(lines, heads, disable_numparse=True)
+
+
+def _name(row: Row) -> str:
+    return Case(**row["case"] | {"shape": tuple(row["case"]["shape"])}).name
+
+
+def _the(rows: list[Row], role: str) -> Row:
+    return next(row for row in rows if row["role"] == role)
+
+
+def _verdict(row: Row) -> str:
+    if row["error"]:
+        return "did not run"
+    if row["check"] is None:
+        return ""
+    return "ok" if row["check"]["passed"] else "WRONG"
+
+
+def _reason(row: Row) -> str:
+    text = str(row["error"] or (row["check"] or {}).get("reason", ""))
+    return text.strip().split("\n")[0][:200]
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def _faster(value: float | None) -> str:
+    """How we compare with a peer that takes ``value`` times our time."""
+    if value is None:
+        return "-"
+    return f"{value:.2f}x faster" if value >= 1 else f"{1 / value:.2f}x slower"
+
+
+if __name__ == "__main__":
+    for file in sys.argv[1:]:
+        print(render(schema.load(Path(file))))

@@ -1,0 +1,263 @@
+"""``python -m bench.run``: measure a suite, write its JSON, print its tables.
+
+Every allocator mode is a process of its own (its environment is read when the process starts), and
+all contenders of a case are timed interleaved in that one process. See README.md for the method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import measure, report, schema
+from bench.cases import SUITES, Case, Suite
+
+Row = dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = _parse(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(
+            f"bench: suite {options.suite!r} needs a CUDA device, and torch {torch.__version__} "
+            "sees none here. Run it on a GPU node (bash bench/gpu.sh), or a suite of the CPU: "
+            "python -m bench.run --suite cpu"
+        )
+    torch.set_num_threads(options.threads)
+    if options.worker:
+        options.worker.write_text(json.dumps(_work(options)))
+        return
+
+    document = schema.describe(
+        options.suite, options.device, options.backend, options.threads, options.rounds
+    )
+    document |= {"allocators": {}, "timings": [], "memory": []}
+    for allocator in options.allocators:
+        document["allocators"][allocator] = measure.ALLOCATORS[allocator]
+        rows = _run_worker(options, allocator)
+        document["timings"] += rows["timings"]
+        document["memory"] += rows["memory"]
+    path = schema.save(document, options.out)
+    print(report.render(document))
+    print(f"written: {path}")
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
+    parser.add_argument("--suite", choices=SUITES, default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: the suite's own")
+    parser.add_argument("--backend", default="auto", help="backend of dicekernels to force")
+    parser.add_argument("--out", type=Path, default=schema.ROOT / "bench" / "results")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, help="default: the suite's own")
+    parser.add_argument("--cases", default="", help="regular expression on the cases' names")
+    parser.add_argument("--allocators", nargs="+", choices=measure.ALLOCATORS)
+    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument("--memory", choices=["none", "profiled", "resident"])
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+
+    suite = SUITES[options.suite]
+    options.device = options.device or suite.device or "cpu"
+    if suite.device not in (None, options.device):
+        parser.error(f"--device: got {options.device}, suite {options.suite} is for {suite.device}")
+    options.rounds = options.rounds or suite.rounds
+    # The C library's allocator does not serve a GPU's memory.
+    both = ["raised", "default"] if options.device == "cpu" else ["default"]
+    options.allocators = options.allocators or both
+    if options.compiled is None:
+        options.compiled = suite.compiled
+    options.memory = options.memory or suite.memory
+    if options.memory == "resident" and options.device != "cpu":
+        parser.error("--memory resident: only the CPU's memory is resident; use profiled")
+    if not chosen_cases(suite, options.cases):
+        parser.error(f"--cases: {options.cases!r} matches no case of suite {options.suite}")
+    return options
+
+
+def chosen_cases(suite: Suite, pattern: str) -> list[Case]:
+    return [case for case in suite.cases if re.search(pattern, case.name)]
+
+
+def _run_worker(options: argparse.Namespace, allocator: str) -> dict[str, list[Row]]:
+    # Memory is counted in bytes asked for, alike under both allocators: once is enough.
+    memory = options.memory if allocator == options.allocators[-1] else "none"
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", "bench.run", "--worker", str(rows)]
+        for name in ("suite", "device", "backend", "threads", "rounds", "cases"):
+            command += [f"--{name}={getattr(options, name)}"]
+        command += [f"--allocators={allocator}", f"--memory={memory}"]
+        command += ["--compiled" if options.compiled else "--no-compiled"]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+        environment |= measure.ALLOCATORS[allocator]
+        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        # Kineto logs two lines to stderr for every profile it takes.
+        environment.setdefault("KINETO_LOG_LEVEL", "99")
+        subprocess.run(command, env=environment, check=True)
+        found: dict[str, list[Row]] = json.loads(rows.read_text())
+    return found
+
+
+def _work(options: argparse.Namespace) -> dict[str, list[Row]]:
+    """Rows of all cases under the allocator that this process was started with."""
+    (allocator,) = options.allocators
+    suite = replace(
+        SUITES[options.suite],
+        rounds=options.rounds,
+        compiled=options.compiled,
+        memory=options.memory,
+    )
+    backends = [] if options.backend == "auto" else [options.backend]
+    timings: list[Row] = []
+    memory: list[Row] = []
+    cases = chosen_cases(suite, options.cases)
+    for number, case in enumerate(cases, start=1):
+        print(f"[{allocator} {number}/{len(cases)}] {case.name}", file=sys.stderr, flush=True)
+        found = measure_case(case, suite, options.device, backends, allocator)
+        timings += found[0]
+        memory += found[1]
+    return {"timings": timings, "memory": memory}
+
+
+def measure_case(
+    case: Case, suite: Suite, device: str, backends: list[str], allocator: str
+) -> tuple[list[Row], list[Row]]:
+    """Rows of time and of memory. Who fails the check is timed, but no ratio is printed for it."""
+    from bench import peers
+
+    # Compiled code of earlier cases counts against dynamo's limit of recompilations, after which
+    # it would run eagerly without a word.
+    torch._dynamo.reset()
+    if allocator == "raised":
+        measure.fill_heap(16 * case.logits_bytes)
+    logits, labels = case.tensors(device)
+    checker = peers.Checker(case, logits, labels)
+    found = peers.contenders(case, backends, suite.compiled)
+    steps, rows = {}, {}
+    for contender in found:
+        row = _timing_row(case, allocator, contender.name, contender.role, case.floor_bytes)
+        rows[contender.name] = row
+        # A peer that cannot run is a result too; the others go on.
+        try:
+            row["check"] = asdict(checker.check(contender.loss))
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}"
+            continue
+        steps[contender.name] = loss_step(contender.loss, logits, labels)
+    del checker
+
+    floor, name = floor_step(logits.detach(), device)
+    rows[name] = _timing_row(case, allocator, name, "floor", 3 * case.logits_bytes)
+    flush = l2_flush() if device == "cuda" else None
+    samples = measure.interleave(steps | {name: floor}, suite.rounds, device, flush=flush)
+    for contender_name, taken in samples.items():
+        row = rows[contender_name]
+        row["milliseconds"] = {
+            part: asdict(measure.summarise([getattr(sample, part) for sample in taken]))
+            for part in ("forward", "backward", "both")
+        }
+        if device == "cpu":
+            faults = [float(sample.minor_faults) for sample in taken]
+            row["minor_faults"] = measure.summarise(faults).median
+    memory = [
+        memory_row(case, contender, steps[contender.name], suite.memory == "resident")
+        for contender in found
+        if contender.name in steps and suite.memory != "none"
+    ]
+    return list(rows.values()), memory
+
+
+def loss_step(loss: Any, logits: Tensor, labels: Tensor) -> measure.Step:
+    return measure.Step(
+        lambda: loss(logits, labels), lambda value: torch.autograd.grad(value, logits)[0]
+    )
+
+
+def floor_step(logits: Tensor, device: str) -> tuple[measure.Step, str]:
+    """The traffic of the floor without the work: read the logits; read them and write a gradient.
+
+    The gradient's memory exists beforehand. Of the plain ways to do either half, the fastest here.
+    """
+    gradient = torch.empty_like(logits)
+    readers = {
+        "sum": lambda: torch.sum(logits),
+        "amax": lambda: torch.amax(logits),
+        "max": lambda: torch.max(logits),
+    }
+    writers = {
+        "mul": lambda: torch.mul(logits, 2, out=gradient),
+        "neg": lambda: torch.neg(logits, out=gradient),
+        "copy": lambda: gradient.copy_(logits),
+    }
+    alone = {name: measure.Step(half, lambda _: None) for name, half in (readers | writers).items()}
+    samples = measure.interleave(alone, 7, device)
+    times = {name: min(sample.forward for sample in taken) for name, taken in samples.items()}
+    reader, writer = min(readers, key=times.__getitem__), min(writers, key=times.__getitem__)
+    step = measure.Step(readers[reader], lambda _: writers[writer]())
+    return step, f"floor ({reader}, {writer})"
+
+
+def l2_flush() -> Any:
+    """Evict the GPU's L2 cache, which holds a small volume whole: times are those of cold data."""
+    waste = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    return waste.zero_
+
+
+def memory_row(case: Case, contender: Any, step: measure.Step, resident: bool) -> Row:
+    profiled = measure.profiled_memory(step.forward, step.backward)
+    sizes = None
+    if resident and contender.role in ("ours", "eager"):
+        setup = _RESIDENT_SETUP.format(case=case, role=contender.role)
+        threads = torch.get_num_threads()
+        forward = measure.subprocess_resident("loss = step.forward()", setup, threads)
+        whole = "loss = step.forward(); gradient = step.backward(loss)"
+        both = measure.subprocess_resident(whole, setup, threads)
+        sizes = {"forward_peak": forward.peak, "kept": forward.kept, "peak": both.peak}
+    return {
+        "case": asdict(case),
+        "contender": contender.name,
+        "role": contender.role,
+        "logits_bytes": case.logits_bytes,
+        "profiled": asdict(profiled),
+        "resident": sizes,
+    }
+
+
+_RESIDENT_SETUP = """
+from bench import peers, run
+from bench.cases import Case
+case = {case!r}
+loss = peers.ours(case) if {role!r} == "ours" else peers.monai_loss(case)
+step = run.loss_step(loss, *case.tensors("cpu"))
+step.backward(step.forward())
+"""
+
+
+def _timing_row(case: Case, allocator: str, name: str, role: str, traffic: int) -> Row:
+    return {
+        "case": asdict(case),
+        "allocator": allocator,
+        "contender": name,
+        "role": role,
+        "traffic_bytes": traffic,
+        "check": None,
+        "error": "",
+        "milliseconds": None,
+        "minor_faults": None,
+    }
+
+
+if __name__ == "__main__":
+    main()

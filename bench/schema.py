@@ -1,0 +1,212 @@
+"""The form of a result file: one document per suite and device."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+VERSION = 1
+
+Document = dict[str, Any]
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+    """An object with exactly these properties."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+_TEXT = {"type": "string", "minLength": 1}
+_BYTES = {"type": "integer", "minimum": 0}
+_STATS = _object(
+    median={"type": "number", "exclusiveMinimum": 0},
+    min={"type": "number", "exclusiveMinimum": 0},
+    iqr={"type": "number", "minimum": 0},
+)
+_CASE = _object(
+    loss=_TEXT,
+    shape={"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 3},
+    dtype=_TEXT,
+    label_dtype=_TEXT,
+    layout=_TEXT,
+)
+_ROLE = {"enum": ["ours", "eager", "compiled", "floor"]}
+_ERROR = _nullable({"type": "number"})
+# An error is the text of what went wrong, empty if nothing did; times are null then.
+_TIMING = _object(
+    case=_CASE,
+    allocator={"enum": ["raised", "default"]},
+    contender=_TEXT,
+    role=_ROLE,
+    traffic_bytes=_BYTES,
+    check=_nullable(
+        _object(
+            passed={"type": "boolean"},
+            reason={"type": "string"},
+            value_error=_ERROR,
+            gradient_error=_ERROR,
+        )
+    ),
+    error={"type": "string"},
+    milliseconds=_nullable(_object(forward=_STATS, backward=_STATS, both=_STATS)),
+    minor_faults=_nullable({"type": "number", "minimum": 0}),
+)
+_MEMORY = _object(
+    case=_CASE,
+    contender=_TEXT,
+    role=_ROLE,
+    logits_bytes=_BYTES,
+    profiled=_object(
+        forward_peak={"type": "integer"},
+        kept={"type": "integer"},
+        backward_peak={"type": "integer"},
+    ),
+    resident=_nullable(
+        _object(
+            forward_peak={"type": "integer"}, kept={"type": "integer"}, peak={"type": "integer"}
+        )
+    ),
+)
+
+SCHEMA = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    **_object(
+        schema={"const": VERSION},
+        suite=_TEXT,
+        date={"type": "string", "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$"},
+        commit={"type": "string", "pattern": "^([0-9a-f]{40}|unknown)$"},
+        dirty=_nullable({"type": "boolean"}),
+        device=_object(type={"enum": ["cpu", "cuda"]}, name=_TEXT),
+        backend=_TEXT,
+        host=_object(
+            cpu=_TEXT,
+            cpu_capability=_TEXT,
+            cores={"type": "integer", "minimum": 1},
+            system=_TEXT,
+            c_library={"type": "string"},
+            load_average=_nullable({"type": "number", "minimum": 0}),
+        ),
+        threads={"type": "integer", "minimum": 1},
+        rounds={"type": "integer", "minimum": 1},
+        versions={"type": "object", "additionalProperties": _TEXT, "required": ["python", "torch"]},
+        allocators={
+            "type": "object",
+            "additionalProperties": {"type": "object", "additionalProperties": _TEXT},
+            "minProperties": 1,
+        },
+        timings={"type": "array", "items": _TIMING, "minItems": 1},
+        memory={"type": "array", "items": _MEMORY},
+    ),
+}
+
+
+def validate(document: Document) -> None:
+    """``jsonschema.ValidationError`` for a document of another form, ValueError for one that
+    contradicts itself: times beside an error, or an allocator that no mode describes."""
+    jsonschema.validate(document, SCHEMA)
+    for row in document["timings"]:
+        where = f"{row['contender']} on {row['case']}"
+        if (row["milliseconds"] is None) != bool(row["error"]):
+            raise ValueError(f"{where}: expected either times or an error, got both or neither")
+        if row["check"] is None and row["role"] != "floor" and not row["error"]:
+            raise ValueError(f"{where}: got times without a check against the truth")
+        if row["allocator"] not in document["allocators"]:
+            raise ValueError(f"{where}: allocator {row['allocator']!r} is not in `allocators`")
+
+
+def save(document: Document, folder: Path) -> Path:
+    """Validate and write ``<suite>--<device>.json``, with ``--<backend>`` if one was forced."""
+    validate(document)
+    device = f"{document['device']['type']}-{document['device']['name']}"
+    parts = [document["suite"], re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")]
+    if document["backend"] != "auto":
+        parts.append(document["backend"])
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ("--".join(parts) + ".json")
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return path
+
+
+def load(path: Path) -> Document:
+    document: Document = json.loads(path.read_text())
+    validate(document)
+    return document
+
+
+def describe(suite: str, device: str, backend: str, threads: int, rounds: int) -> Document:
+    """The document without its rows: where, when and on what the suite runs."""
+    commit = _git("rev-parse", "HEAD")
+    # Results are written by the runs themselves and do not make the code another one.
+    status = _git("status", "--porcelain", "--", ".", ":!bench/results")
+    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    return {
+        "schema": VERSION,
+        "suite": suite,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit or "unknown",
+        "dirty": None if status is None else bool(status),
+        "device": {"type": device, "name": name},
+        "backend": backend,
+        "host": {
+            "cpu": _cpu_name(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "cores": os.cpu_count() or 1,
+            "system": f"{platform.system()} {platform.release()}",
+            "c_library": " ".join(platform.libc_ver()).strip(),
+            "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        },
+        "threads": threads,
+        "rounds": rounds,
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "triton", "numpy", "monai", "dicekernels"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
+    return versions
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine() or "unknown"
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of git in the repository, None where there is no repository or no git."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,112 @@
+// The maths of one voxel and one class, written once for scalars and vectors, host and device.
+// T is any type with arithmetic and comparison operators; whoever includes this defines DK_ISA and
+// declares select(mask, a, b), exp, log and log1p of T in namespace dicekernels::DK_ISA before.
+// p: probability, g: target, z: logit. Formulas: docs/semantics.md.
+#pragma once
+#include "problem.h"
+
+namespace dicekernels {
+namespace DK_ISA {
+
+template <class T>
+struct OverlapTerms {
+  T tp, fp, fn;
+};
+
+template <class T>
+DK_INLINE T magnitude(T x) {
+  return select(x < T{} + 0, -x, x);
+}
+template <class T>
+DK_INLINE T signum(T x) {
+  const T zero = T{} + 0;
+  return select(x > zero, zero + 1, select(x < zero, zero - 1, x));  // x itself keeps 0 and NaN
+}
+
+template <Overlap O, class T>
+DK_INLINE OverlapTerms<T> overlap_terms(T p, T g) {
+  if constexpr (O == Overlap::product) {
+    return {p * g, p * (1 - g), (1 - p) * g};
+  } else if constexpr (O == Overlap::squared) {
+    return {p * g, p * (p - g), g * (g - p)};
+  } else if constexpr (O == Overlap::voxel_squared) {
+    return {p * p * g, p * p * (1 - g), (1 - p) * (1 - p) * g};
+  } else {
+    // (|p| + |g| - |p - g|) / 2 without its rounding: the smaller one where the signs agree, else
+    // 0.
+    const T zero = T{} + 0, ap = magnitude(p), ag = magnitude(g);
+    const T smaller = select(ap < ag, ap, ag);
+    const T tp = select(p * g > zero, smaller, p * g != p * g ? p * g : zero);
+    return {tp, ap - tp, ag - tp};
+  }
+}
+
+// d(aI tp + aFP fp + aFN fn)/dp
+template <Overlap O, class T, class S>
+DK_INLINE T overlap_slope(T p, T g, S a_i, S a_fp, S a_fn) {
+  if constexpr (O == Overlap::product) {
+    return (a_i - a_fn) * g + a_fp * (1 - g);
+  } else if constexpr (O == Overlap::squared) {
+    return (a_i - a_fn) * g + a_fp * (2 * p - g);
+  } else if constexpr (O == Overlap::voxel_squared) {
+    return 2 * (a_i * p * g + a_fp * p * (1 - g) - a_fn * (1 - p) * g);
+  } else {
+    // The subgradients of torch: sign(0) = 0 in both absolute values.
+    const T sp = signum(p), d = (sp - signum(p - g)) / 2;
+    return (a_i - a_fn - a_fp) * d + a_fp * sp;
+  }
+}
+
+// What the voxel terms need of one logit; e = exp(-|z|) is the only transcendental but log1p(e).
+template <class T>
+struct Sigmoid {
+  T p, q;               // sigmoid(z) and 1 - sigmoid(z), each with full relative accuracy
+  T softplus, softneg;  // log(1 + exp(z)) = -log(q), log(1 + exp(-z)) = -log(p)
+};
+
+template <bool Logs, class T>
+DK_INLINE Sigmoid<T> sigmoid(T z) {
+  const T zero = T{} + 0;
+  const auto positive = z >= zero;
+  const T e = exp(-magnitude(z)), large = 1 / (1 + e), small = e * large;
+  Sigmoid<T> s{select(positive, large, small), select(positive, small, large), zero, zero};
+  if constexpr (Logs) {
+    const T l = log1p(e);
+    s.softplus = select(positive, z + l, l);
+    s.softneg = select(positive, l, l - z);
+  }
+  return s;
+}
+
+// MONAI's sigmoid focal loss exp(gamma logsigmoid(a)) * bce(z, g) with a = -z (2g - 1), and its
+// derivative in z.
+template <class T>
+struct Focal {
+  T loss, slope;
+};
+
+template <class T, class S>
+DK_INLINE Focal<T> sigmoid_focal(T z, T g, S gamma) {
+  const Sigmoid<T> s = sigmoid<true>(z);
+  const T sign = 2 * g - 1;
+  const Sigmoid<T> a = sigmoid<true>(-z * sign);
+  const T modulation = exp(-gamma * a.softneg);
+  const T bce = z * (1 - g) + s.softneg;
+  return {modulation * bce, modulation * (s.p - g - gamma * sign * a.q * bce)};
+}
+
+// (1 - p)^gamma (-log p) and p * d/dp of it, from log p <= 0.
+template <class T, class S>
+DK_INLINE Focal<T> softmax_focal(T log_p, S gamma) {
+  const T zero = T{} + 0, p = exp(log_p), rest = 1 - p;
+  if (gamma == 0) return {-log_p, zero - 1};
+  const auto certain = rest <= zero;
+  const T log_rest = log(select(certain, zero + 1, rest));
+  const T power = exp(gamma * log_rest);
+  const T loss = select(certain, zero, -power * log_p);
+  const T slope = power * (gamma * p * log_p / select(certain, zero + 1, rest) - 1);
+  return {loss, select(certain, zero, slope)};
+}
+
+}  // namespace DK_ISA
+}  // namespace dicekernels

@@ -1,0 +1,142 @@
+// From the tensors of an op call to chunks on torch's own thread pool.
+#include "launch.h"
+
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+
+namespace dicekernels {
+namespace {
+
+struct Inputs {
+  Problem problem;
+  Tensor logits, target, mask;  // what the views point into
+};
+
+Inputs inputs_of(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& mask,
+                 bool dense, int64_t activation, int64_t overlap, int64_t voxel_term, int64_t rows,
+                 const std::optional<int64_t>& ignore_index, bool product_mask, double focal_gamma,
+                 int64_t first_class) {
+  Inputs in;
+  Problem& p = in.problem;
+  p.batch = logits.size(0);
+  p.classes = logits.size(1);
+  p.voxels = 1;
+  for (int64_t d = 2; d < logits.dim(); ++d) p.voxels *= logits.size(d);
+  const int64_t values = p.batch * p.voxels * (dense ? p.classes : 1);
+  STD_TORCH_CHECK(p.classes > 0, "logits: got no classes, expected (B, C, *S) with C >= 1");
+  STD_TORCH_CHECK(target.numel() == values, "target: got ", target.numel(), " values, expected ",
+                  values);
+  STD_TORCH_CHECK(!mask || mask->numel() == p.batch * p.voxels, "mask: got ",
+                  mask ? mask->numel() : 0, " values, expected ", p.batch * p.voxels);
+  p.logits = view_of(logits, 2, "logits", &in.logits);
+  const bool labels_without_channel = !dense && target.dim() == logits.dim() - 1;
+  p.target = view_of(target, labels_without_channel ? 1 : 2, "target", &in.target);
+  if (mask) p.mask = view_of(*mask, 2, "mask", &in.mask);
+  p.dense = dense;
+  p.product_mask = product_mask;
+  p.has_ignore = ignore_index.has_value();
+  p.ignore_index = ignore_index.value_or(0);
+  p.activation = static_cast<Activation>(activation);
+  p.overlap = static_cast<Overlap>(overlap);
+  p.voxel_term = static_cast<VoxelTerm>(voxel_term);
+  p.rows = rows;
+  p.focal_gamma = focal_gamma;
+  p.first_class = first_class;
+  return in;
+}
+
+struct Free {
+  void operator()(char* p) const { std::free(p); }
+};
+
+// Kept from call to call: fresh pages cost more than the small tiles that they hold.
+char* workspace(int64_t bytes) {
+  thread_local std::unique_ptr<char, Free> buffer;
+  thread_local int64_t size = 0;
+  if (size < bytes) {
+    buffer.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+    STD_TORCH_CHECK(buffer != nullptr, "out of memory for ", bytes, " bytes of workspace");
+    size = bytes;
+  }
+  return buffer.get();
+}
+
+// Runs chunk(sample, k, first voxel, voxel count) for every chunk, in any order.
+template <class F>
+void each_chunk(const Problem& p, F chunk) {
+  const int64_t chunks = chunk_count(p.voxels), size = chunk_voxels(p.voxels);
+  torch::stable::parallel_for(0, p.batch * chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t k = task % chunks, first = k * size, left = p.voxels - first;
+      chunk(task / chunks, k, first, left < size ? left : size);
+    }
+  });
+}
+
+void check_labels(const Problem& p, const std::vector<BadLabels>& chunks) {
+  BadLabels all;
+  for (const BadLabels& bad : chunks) {
+    if (bad.count == 0) continue;
+    const int64_t count = all.count + bad.count;
+    if (all.count == 0) all = bad;
+    all.count = count;
+  }
+  STD_TORCH_CHECK(all.count == 0, "target: ", all.count, " of ", p.batch * p.voxels,
+                  " voxels hold a label outside [0, ", p.classes, "), the first is ", all.label,
+                  " (sample ", all.sample, ", voxel ", all.voxel, "). Expected labels 0 to ",
+                  p.classes - 1, " for logits with ", p.classes,
+                  " channels: remap the labels, give the network more channels, or pass "
+                  "ignore_index=",
+                  all.label, " to leave these voxels out");
+}
+
+}  // namespace
+
+Tensor sums(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& mask,
+            bool dense, int64_t activation, int64_t overlap, int64_t voxel_term, int64_t rows,
+            std::optional<int64_t> ignore_index, bool product_mask, double focal_gamma,
+            int64_t first_class) {
+  const Inputs in = inputs_of(logits, target, mask, dense, activation, overlap, voxel_term, rows,
+                              ignore_index, product_mask, focal_gamma, first_class);
+  const Problem& p = in.problem;
+  const int64_t chunks = chunk_count(p.voxels), width = p.classes * row_count(rows);
+  Tensor out = torch::stable::new_empty(logits, {p.batch, chunks, p.classes, row_count(rows)},
+                                        torch::headeronly::ScalarType::Double);
+  double* slots = static_cast<double*>(out.mutable_data_ptr());
+  std::vector<BadLabels> bad(p.batch * chunks);
+  const Kernels& run = kernels();
+  const int64_t bytes = run.workspace_bytes(p);
+  each_chunk(p, [&](int64_t b, int64_t k, int64_t first, int64_t count) {
+    const int64_t at = b * chunks + k;
+    run.sums(p, b, first, count, workspace(bytes), slots + at * width, &bad[at]);
+  });
+  if (!dense) check_labels(p, bad);
+  return out;
+}
+
+Tensor sums_backward(const std::optional<Tensor>& grad_loss, const Tensor& logits,
+                     const Tensor& target, const std::optional<Tensor>& mask, const Tensor& coef,
+                     bool dense, int64_t activation, int64_t overlap, int64_t voxel_term,
+                     int64_t rows, std::optional<int64_t> ignore_index, bool product_mask,
+                     double focal_gamma, int64_t first_class) {
+  const Inputs in = inputs_of(logits, target, mask, dense, activation, overlap, voxel_term, rows,
+                              ignore_index, product_mask, focal_gamma, first_class);
+  const Problem& p = in.problem;
+  const int64_t width = p.classes * row_count(rows);
+  const std::vector<double> scaled =
+      scale_by_grad(grad_loss, coef, p.batch, p.classes, row_count(rows));
+  Tensor gradient = torch::stable::empty_like(logits);
+  Tensor held;
+  const View out = view_of(gradient, 2, "gradient", &held);
+  const Kernels& run = kernels();
+  const int64_t bytes = run.workspace_bytes(p);
+  each_chunk(p, [&](int64_t b, int64_t, int64_t first, int64_t count) {
+    run.sums_backward(p, scaled.data() + b * width, b, first, count, workspace(bytes), out);
+  });
+  return gradient;
+}
+
+}  // namespace dicekernels

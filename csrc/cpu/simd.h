@@ -1,0 +1,137 @@
+// Vectors of float and double as wide as the instruction set of this translation unit, with the
+// few functions that the kernels need. Compiled once per instruction set (namespace DK_ISA).
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "../common/problem.h"
+
+#if defined(__AVX512F__)
+#define DK_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define DK_VECTOR_BYTES 32
+#else
+#define DK_VECTOR_BYTES 16
+#endif
+
+namespace dicekernels {
+namespace DK_ISA {
+
+typedef float FloatVector __attribute__((vector_size(DK_VECTOR_BYTES)));
+typedef double DoubleVector __attribute__((vector_size(DK_VECTOR_BYTES)));
+typedef int32_t IntVector __attribute__((vector_size(DK_VECTOR_BYTES)));
+
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using type = FloatVector;
+};
+template <>
+struct VectorOf<double> {
+  using type = DoubleVector;
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+constexpr int64_t kLanes = DK_VECTOR_BYTES / sizeof(T);
+
+template <class T>
+DK_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+DK_INLINE void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+template <class T>
+DK_INLINE Vec<T> splat(T x) {
+  return Vec<T>{} + x;
+}
+
+template <class M, class V>
+DK_INLINE V select(M mask, V a, V b) {
+  return mask ? a : b;
+}
+
+// exp for x <= 88: nearest multiple of ln 2 out, a polynomial of degree 6 (Cephes expf), the
+// exponent back in by multiplication, so that NaN stays NaN. Below 2^-126 the result is 0.
+DK_INLINE FloatVector exp(FloatVector x) {
+  const float lowest = -87.33654f;
+  const FloatVector clamped = select(x < lowest, splat(lowest), x);
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const FloatVector shifted = clamped * 1.44269504088896341f + magic;
+  const FloatVector n = shifted - magic;
+  FloatVector r = clamped - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  FloatVector y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  IntVector bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 23) + (127 << 23);
+  FloatVector scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return select(x < lowest, splat(0.0f), y * scale);
+}
+
+// log of normal numbers (Cephes logf); 0 gives -inf, NaN and +inf give themselves.
+DK_INLINE FloatVector log(FloatVector x) {
+  IntVector bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  IntVector exponent = (bits >> 23) - 126;
+  bits = (bits & 0x007fffff) | 0x3f000000;
+  FloatVector m;
+  std::memcpy(&m, &bits, sizeof m);
+  const auto low = m < 0.707106781186547524f;
+  FloatVector e = __builtin_convertvector(exponent, FloatVector);
+  e = select(low, e - 1.0f, e);
+  m = select(low, m + m, m) - 1.0f;
+  FloatVector y = m * 7.0376836292e-2f - 1.1514610310e-1f;
+  y = y * m + 1.1676998740e-1f;
+  y = y * m - 1.2420140846e-1f;
+  y = y * m + 1.4249322787e-1f;
+  y = y * m - 1.6668057665e-1f;
+  y = y * m + 2.0000714765e-1f;
+  y = y * m - 2.4999993993e-1f;
+  y = y * m + 3.3333331174e-1f;
+  const FloatVector square = m * m;
+  y = y * m * square;
+  y = y + e * -2.12194440e-4f - square * 0.5f;
+  const FloatVector result = m + y + e * 0.693359375f;
+  const float infinity = std::numeric_limits<float>::infinity();
+  return select(x < infinity, select(x > 0.0f, result, splat(-infinity)), x);
+}
+
+template <double (*F)(double)>
+DK_INLINE DoubleVector map(DoubleVector x) {
+  for (int64_t i = 0; i < kLanes<double>; ++i) x[i] = F(x[i]);
+  return x;
+}
+DK_INLINE DoubleVector exp(DoubleVector x) {
+  return map<std::exp>(x);
+}
+DK_INLINE DoubleVector log(DoubleVector x) {
+  return map<std::log>(x);
+}
+DK_INLINE DoubleVector log1p(DoubleVector x) {
+  return map<std::log1p>(x);
+}
+
+// log(1 + x) for x in [0, 1]: what 1 + x rounds away comes back in first order.
+DK_INLINE FloatVector log1p(FloatVector x) {
+  const FloatVector u = 1.0f + x;
+  return log(u) + (x - (u - 1.0f)) / u;
+}
+
+}  // namespace DK_ISA
+}  // namespace dicekernels
+
+#include "../common/voxel_math.h"  // after the functions that its templates look up

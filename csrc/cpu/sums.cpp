@@ -1,0 +1,192 @@
+// Forward: one pass over the voxels of a chunk, every row of every class summed.
+#include "kernels.h"
+#include "tile.h"
+
+namespace dicekernels {
+namespace DK_ISA {
+namespace {
+
+// fp32 (or fp64) partial sums, one vector for each class and each row that is on; emptied into the
+// doubles of the slot at least every kRunVoxels voxels.
+template <class T>
+struct Accumulators {
+  int64_t rows, row_total;
+  T* lanes;
+  T* unused;
+
+  T* at(int64_t c, Row row) const {
+    return has_row(rows, row) ? lanes + (c * row_total + row_index(rows, row)) * kLanes<T> : unused;
+  }
+  void empty_into(double* slot, int64_t classes) {
+    for (int64_t i = 0; i < classes * row_total; ++i) {
+      double sum = 0;
+      for (int64_t lane = 0; lane < kLanes<T>; ++lane) sum += lanes[i * kLanes<T> + lane];
+      slot[i] += sum;
+    }
+    std::memset(lanes, 0, sizeof(T) * classes * row_total * kLanes<T>);
+  }
+};
+
+template <class T>
+struct Sum {
+  T* at;
+  Vec<T> value;
+  explicit Sum(T* at_) : at(at_), value(load<T>(at_)) {}
+  ~Sum() { store<T>(at, value); }
+  DK_INLINE void add(Vec<T> x) { value = value + x; }
+};
+
+template <Overlap O, bool Dense, bool Masked, class T>
+void overlap_rows(const Tile<T>& tile, const Accumulators<T>& sums, int64_t c, const T* p_row,
+                  const T* g_row) {
+  Sum<T> i(sums.at(c, kI)), fp(sums.at(c, kFP)), fn(sums.at(c, kFN)), count(sums.at(c, kG));
+  const bool product_mask = Masked && tile.problem.product_mask;
+  const Vec<T> zero = splat(T{0});
+  for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
+    Vec<T> p = load<T>(p_row + v);
+    if constexpr (O == Overlap::product && !Dense && !Masked) {
+      const auto hit = load<T>(g_row + v) == splat(static_cast<T>(c));
+      i.add(hit ? p : zero);
+      fp.add(hit ? zero : p);
+      fn.add(hit ? 1 - p : zero);
+      count.add(hit ? zero + 1 : zero);
+    } else {
+      Vec<T> g = tile.template target<Dense>(g_row, static_cast<T>(c), v), weight = zero + 1;
+      if constexpr (Masked) {
+        const Vec<T> m = load<T>(tile.m + v);
+        count.add(m * g);
+        if (product_mask) {
+          p = p * m;
+          g = g * m;
+        } else {
+          weight = m;
+        }
+      } else {
+        count.add(g);
+      }
+      const OverlapTerms<Vec<T>> terms = overlap_terms<O>(p, g);
+      i.add(weight * terms.tp);
+      fp.add(weight * terms.fp);
+      fn.add(weight * terms.fn);
+    }
+  }
+}
+
+template <bool Dense, bool Masked, class T>
+void voxel_rows(const Tile<T>& tile, const Accumulators<T>& sums, int64_t c, const T* g_row) {
+  const Problem& problem = tile.problem;
+  Sum<T> pos(sums.at(c, kPos));
+  const T* z_row = tile.z + c * tile.capacity;
+  const T gamma = static_cast<T>(problem.focal_gamma);
+  const auto weighted = [&](int64_t v, Vec<T> x) { return Masked ? load<T>(tile.m + v) * x : x; };
+  const auto g_at = [&](int64_t v) {
+    return tile.template target<Dense>(g_row, static_cast<T>(c), v);
+  };
+  if (problem.voxel_term == VoxelTerm::ce) {
+    Sum<T> ls(sums.at(c, kLs));
+    const bool smoothing = has_row(problem.rows, kLs);
+    for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
+      const Vec<T> nll = weighted(v, load<T>(tile.lse + v) - load<T>(z_row + v));
+      if constexpr (Dense)
+        pos.add(g_at(v) * nll);
+      else
+        pos.add(load<T>(g_row + v) == splat(static_cast<T>(c)) ? nll : splat(T{0}));
+      if (smoothing) ls.add(nll);
+    }
+  } else if (problem.voxel_term == VoxelTerm::bce) {
+    Sum<T> neg(sums.at(c, kNeg));
+    for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
+      const Sigmoid<Vec<T>> s = sigmoid<true>(load<T>(z_row + v));
+      const Vec<T> g = g_at(v);
+      pos.add(weighted(v, g * s.softneg));
+      neg.add(weighted(v, (1 - g) * s.softplus));
+    }
+  } else if (problem.voxel_term == VoxelTerm::focal_sigmoid) {
+    Sum<T> neg(sums.at(c, kNeg));
+    for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
+      const Vec<T> g = g_at(v);
+      const Vec<T> loss = weighted(v, sigmoid_focal(load<T>(z_row + v), g, gamma).loss);
+      pos.add(g * loss);
+      neg.add((1 - g) * loss);
+    }
+  } else if (problem.voxel_term == VoxelTerm::focal_softmax && c >= problem.first_class) {
+    for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
+      const Vec<T> log_p = load<T>(z_row + v) - load<T>(tile.focal_lse + v);
+      pos.add(weighted(v, g_at(v) * softmax_focal(log_p, gamma).loss));
+    }
+  }
+}
+
+// The probabilities of class c under the activation of the overlap rows.
+template <class T>
+const T* probability_row(const Tile<T>& tile, int64_t c) {
+  const T* z_row = tile.z + c * tile.capacity;
+  if (tile.problem.activation == Activation::softmax) return tile.p + c * tile.capacity;
+  if (tile.problem.activation == Activation::none) return z_row;
+  for (int64_t v = 0; v < tile.padded; v += kLanes<T>)
+    store<T>(tile.row + v, sigmoid<false>(load<T>(z_row + v)).p);
+  return tile.row;
+}
+
+template <class T>
+void sums_tile(Tile<T>& tile, const Accumulators<T>& sums) {
+  const Problem& problem = tile.problem;
+  const bool overlap = problem.rows & ((1 << kI) | (1 << kFP) | (1 << kFN) | (1 << kG));
+  with_flags(problem.dense, tile.masked, [&](auto dense, auto masked) {
+    for (int64_t c = 0; c < problem.classes; ++c) {
+      const T* g_row = tile.target_row(c);
+      if (overlap)
+        with_overlap(problem.overlap, [&](auto o) {
+          overlap_rows<o(), dense(), masked()>(tile, sums, c, probability_row(tile, c), g_row);
+        });
+      if (problem.voxel_term != VoxelTerm::none)
+        voxel_rows<dense(), masked()>(tile, sums, c, g_row);
+    }
+  });
+}
+
+template <class T>
+void sums_chunk(const Problem& problem, int64_t sample, int64_t first_voxel, int64_t voxel_count,
+                char* workspace, double* slot, BadLabels* bad) {
+  Tile<T> tile(problem, workspace);
+  tile.bad = bad;
+  T* lanes = reinterpret_cast<T*>(workspace + Tile<T>::bytes(problem));
+  const int64_t row_total = row_count(problem.rows), width = problem.classes * row_total;
+  Accumulators<T> sums{problem.rows, row_total, lanes + kLanes<T>, lanes};
+  std::memset(lanes, 0, sizeof(T) * (width + 1) * kLanes<T>);
+  std::memset(slot, 0, sizeof(double) * width);
+  double weight = 0;
+  for (int64_t v = 0; v < voxel_count; v += tile.capacity) {
+    const int64_t left = voxel_count - v;
+    tile.load(sample, first_voxel + v, left < tile.capacity ? left : tile.capacity);
+    sums_tile(tile, sums);
+    if (tile.masked)
+      for (int64_t i = 0; i < tile.n; ++i) weight += tile.m[i];
+    else
+      weight += tile.n;
+    if ((v + tile.capacity) % kRunVoxels == 0) sums.empty_into(slot, problem.classes);
+  }
+  sums.empty_into(slot, problem.classes);
+  for (int64_t c = 0; c < problem.classes; ++c) {
+    double* rows = slot + c * row_total;
+    if (has_row(problem.rows, kN)) rows[row_index(problem.rows, kN)] = weight;
+    if (has_row(problem.rows, kBad)) rows[row_index(problem.rows, kBad)] = c == 0 ? bad->count : 0;
+  }
+}
+
+}  // namespace
+
+void sums_chunk_any(const Problem& problem, int64_t sample, int64_t first_voxel,
+                    int64_t voxel_count, char* workspace, double* slot, BadLabels* bad) {
+  const auto chunk = problem.logits.dtype == DType::f64 ? sums_chunk<double> : sums_chunk<float>;
+  chunk(problem, sample, first_voxel, voxel_count, workspace, slot, bad);
+}
+
+int64_t workspace_bytes(const Problem& problem) {
+  const int64_t accumulators = (problem.classes * row_count(problem.rows) + 1) * DK_VECTOR_BYTES;
+  return accumulators + (problem.logits.dtype == DType::f64 ? Tile<double>::bytes(problem)
+                                                            : Tile<float>::bytes(problem));
+}
+
+}  // namespace DK_ISA
+}  // namespace dicekernels

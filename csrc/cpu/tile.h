@@ -1,0 +1,187 @@
+// A tile: a few hundred voxels of every class, brought into cache as float or double (logits z,
+// probabilities p, labels, voxel weights m), padded to whole vectors. All maths happen on tiles.
+#pragma once
+#include "rows.h"
+
+namespace dicekernels {
+namespace DK_ISA {
+
+// float for the half precisions and fp32, double for fp64.
+template <class T>
+constexpr int64_t tile_voxels(int64_t classes) {
+  int64_t voxels = 1024;
+  // Two (C, voxels) buffers have to stay in the second-level cache.
+  while (voxels > 64 && 2 * voxels * classes * static_cast<int64_t>(sizeof(T)) > 160 * 1024)
+    voxels /= 2;
+  return voxels;
+}
+
+constexpr int64_t kTileRows = 10;  // rows of one value a voxel in Tile below
+
+template <class T>
+struct Tile {
+  const Problem& problem;
+  int64_t capacity;  // voxels of a full tile
+  int64_t sample = 0, first = 0;
+  int64_t n = 0, padded = 0;
+  bool masked = false;  // m is not all ones; where m == 0, z and g read 0 and the label -1
+  T *z, *p;             // (C, capacity); p: softmax over all classes
+  T *label, *m, *max, *scale, *lse, *focal_lse, *row, *g, *dot, *pull;
+  BadLabels* bad = nullptr;
+
+  Tile(const Problem& pr, char* workspace) : problem(pr), capacity(tile_voxels<T>(pr.classes)) {
+    T* next = reinterpret_cast<T*>(workspace);
+    const auto take = [&](int64_t count) {
+      T* taken = next;
+      next += count;
+      return taken;
+    };
+    z = take(pr.classes * capacity);
+    p = take(pr.classes * capacity);
+    for (T** r : {&label, &m, &max, &scale, &lse, &focal_lse, &row, &g, &dot, &pull})
+      *r = take(capacity);
+  }
+
+  static int64_t bytes(const Problem& pr) {
+    return tile_voxels<T>(pr.classes) * (2 * pr.classes + kTileRows) *
+           static_cast<int64_t>(sizeof(T));
+  }
+
+  bool needs_softmax() const {
+    return problem.activation == Activation::softmax || problem.voxel_term == VoxelTerm::ce ||
+           problem.voxel_term == VoxelTerm::focal_softmax;
+  }
+
+  void load(int64_t sample_, int64_t first_, int64_t n_) {
+    sample = sample_;
+    first = first_;
+    n = n_;
+    padded = (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+    load_weights();
+    load_logits();
+    if (needs_softmax()) softmax();
+  }
+
+  // The target of class c as values: one-hot of the label, or the dense row.
+  template <bool Dense>
+  DK_INLINE Vec<T> target(const T* g_row, T c, int64_t v) const {
+    if constexpr (Dense)
+      return load_vector(g_row + v);
+    else
+      return select(load_vector(g_row + v) == splat(c), splat(T{1}), splat(T{0}));
+  }
+  static DK_INLINE Vec<T> load_vector(const T* at) { return DK_ISA::load<T>(at); }
+
+  // The row that target() reads: labels, or the dense target of class c.
+  const T* target_row(int64_t c) {
+    if (!problem.dense) return label;
+    const View& view = problem.target;
+    const int64_t offset = sample * view.batch + c * view.channel + first * view.voxel;
+    const DType native = sizeof(T) == 4 ? DType::f32 : DType::f64;
+    if (!masked && view.voxel == 1 && view.dtype == native)
+      return static_cast<const T*>(view.data) + offset;
+    read_row(view, offset, n, padded, g);
+    if (masked) clear_masked(g);
+    return g;
+  }
+
+ private:
+  void clear_masked(T* row_) const {
+    for (int64_t v = 0; v < padded; v += kLanes<T>)
+      store<T>(row_ + v, select(load_vector(m + v) != T{0}, load_vector(row_ + v), splat(T{0})));
+  }
+
+  void load_weights() {
+    const View& mask = problem.mask;
+    masked = mask.data != nullptr || n < padded;
+    if (mask.data != nullptr)
+      read_row(mask, sample * mask.batch + first * mask.voxel, n, padded, m);
+    int64_t invalid = 0;
+    if (!problem.dense)
+      invalid = read_labels(problem, sample, first, n, padded, mask.data ? m : nullptr, label, bad);
+    masked |= invalid > 0;
+    if (!masked) return;
+    if (mask.data == nullptr)
+      for (int64_t i = 0; i < padded; ++i) m[i] = i < n ? T{1} : T{0};
+    if (problem.dense) return;
+    for (int64_t i = 0; i < padded; ++i) {
+      m[i] = label[i] < 0 ? T{0} : m[i];
+      label[i] = m[i] == 0 ? T{-1} : label[i];
+    }
+  }
+
+  void load_logits() {
+    const View& view = problem.logits;
+    for (int64_t c = 0; c < problem.classes; ++c) {
+      T* row_ = z + c * capacity;
+      const int64_t offset = sample * view.batch + c * view.channel + first * view.voxel;
+      read_row(view, offset, n, padded, row_);
+      if (masked) clear_masked(row_);
+    }
+  }
+
+  // p = softmax(z), lse = log sum exp z; focal_lse the same over the classes from first_class on.
+  void softmax() {
+    const int64_t classes = problem.classes;
+    for (int64_t v = 0; v < padded; v += kLanes<T>) {
+      Vec<T> largest = load_vector(z + v);
+      for (int64_t c = 1; c < classes; ++c) {
+        const Vec<T> x = load_vector(z + c * capacity + v);
+        largest = select(x > largest || x != x, x, largest);
+      }
+      Vec<T> sum = splat(T{0});
+      for (int64_t c = 0; c < classes; ++c) {
+        const Vec<T> e = exp(load_vector(z + c * capacity + v) - largest);
+        sum = sum + e;
+        store<T>(p + c * capacity + v, e);
+      }
+      const Vec<T> scale_ = 1 / sum;
+      for (int64_t c = 0; c < classes; ++c)
+        store<T>(p + c * capacity + v, load_vector(p + c * capacity + v) * scale_);
+      if (problem.voxel_term != VoxelTerm::none) store<T>(lse + v, largest + log(sum));
+    }
+    if (problem.voxel_term == VoxelTerm::focal_softmax) load_focal_lse();
+  }
+
+  void load_focal_lse() {
+    for (int64_t v = 0; v < padded; v += kLanes<T>) {
+      Vec<T> largest = load_vector(z + problem.first_class * capacity + v);
+      for (int64_t c = problem.first_class + 1; c < problem.classes; ++c) {
+        const Vec<T> x = load_vector(z + c * capacity + v);
+        largest = select(x > largest || x != x, x, largest);
+      }
+      Vec<T> sum = splat(T{0});
+      for (int64_t c = problem.first_class; c < problem.classes; ++c)
+        sum = sum + exp(load_vector(z + c * capacity + v) - largest);
+      store<T>(focal_lse + v, largest + log(sum));
+    }
+  }
+};
+
+// Calls f with the booleans as compile-time constants.
+template <class F>
+DK_INLINE void with_flags(bool dense, bool masked, F f) {
+  using Yes = std::integral_constant<bool, true>;
+  using No = std::integral_constant<bool, false>;
+  if (dense)
+    masked ? f(Yes{}, Yes{}) : f(Yes{}, No{});
+  else
+    masked ? f(No{}, Yes{}) : f(No{}, No{});
+}
+
+template <class F>
+DK_INLINE void with_overlap(Overlap overlap, F f) {
+  switch (overlap) {
+    case Overlap::product:
+      return f(std::integral_constant<Overlap, Overlap::product>{});
+    case Overlap::min:
+      return f(std::integral_constant<Overlap, Overlap::min>{});
+    case Overlap::squared:
+      return f(std::integral_constant<Overlap, Overlap::squared>{});
+    case Overlap::voxel_squared:
+      return f(std::integral_constant<Overlap, Overlap::voxel_squared>{});
+  }
+}
+
+}  // namespace DK_ISA
+}  // namespace dicekernels

@@ -1,0 +1,25 @@
+"""Fused Dice-family losses for 3-D segmentation: exact, one pass forward, one pass backward.
+
+Drop-in: ``from dicekernels import DiceCELoss`` in place of ``from monai.losses import DiceCELoss``.
+Functions: ``dicekernels.functional``. What runs where: ``python -m dicekernels.env``, ``explain``.
+"""
+
+from ._version import __version__
+from .dispatch import available_backends, use_backend
+from .explain import explain
+from .functional import region_sums
+from .modules import DiceCELoss, DiceLoss, GeneralizedDiceLoss, TverskyLoss
+from .ops import LabelRangeError
+
+__all__ = [
+    "DiceCELoss",
+    "DiceLoss",
+    "GeneralizedDiceLoss",
+    "LabelRangeError",
+    "TverskyLoss",
+    "__version__",
+    "available_backends",
+    "explain",
+    "region_sums",
+    "use_backend",
+]

@@ -1,0 +1,1 @@
+"""One module per backend: the same three ops (sums, finish, sums_backward) on each."""

@@ -1,0 +1,296 @@
+"""The contract in PyTorch: any device, any dtype, chunk by chunk, differentiable to any order.
+
+It serves double backward, targets that require gradients and devices without a kernel. The three
+functions have the signatures of the ops; :func:`loss` composes them for autograd.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import finish as formulas
+from ..spec import (
+    BAD,
+    FN,
+    FP,
+    LS,
+    NEG,
+    POS,
+    Activation,
+    FinishSpec,
+    G,
+    I,
+    LossSpec,
+    N,
+    Overlap,
+    SumsSpec,
+    VoxelTerm,
+    chunk_count,
+    chunk_voxels,
+)
+
+# Elements of (B, C, voxels) that are in flight at once.
+PIECE_ELEMENTS = 1 << 22
+
+
+class LabelRangeError(ValueError, RuntimeError):
+    """A label map holds labels outside [0, C) that are not ``ignore_index``."""
+
+
+class Piece:
+    """A few chunks of every class in the accumulation dtype: z, g (B, C, v) and the weight m (B, 1, v).
+
+    Where m is 0, z and g read 0, so nothing of an ignored voxel reaches a sum or a gradient.
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        mask: Tensor | None,
+        spec: SumsSpec,
+        first: int,
+        count: int,
+    ):
+        samples, classes = logits.shape[:2]
+        window = slice(first, first + count)
+        self.spec = spec
+        self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        z = logits.flatten(2)[:, :, window].to(self.dtype)
+        m = (
+            torch.ones_like(z[:, :1])
+            if mask is None
+            else mask.flatten(2)[:, :, window].to(self.dtype)
+        )
+        self.bad = torch.zeros((), dtype=torch.float64, device=z.device)
+        if spec.dense:
+            g = target.flatten(2)[:, :, window].to(self.dtype)
+        else:
+            labels = target.reshape(samples, 1, -1)[:, :, window].long()
+            weighed = m != 0
+            kept = (labels >= 0) & (labels < classes)
+            if spec.ignore_index is not None:
+                ignored = labels == spec.ignore_index
+                self.bad = (~kept & ~ignored & weighed).sum(dtype=torch.float64)
+                kept = kept & ~ignored
+            else:
+                self.bad = (~kept & weighed).sum(dtype=torch.float64)
+            m = m * kept
+            channels = torch.arange(classes, device=labels.device).view(1, -1, 1)
+            g = (torch.where(kept, labels, -1) == channels).to(self.dtype)
+        inside = m != 0
+        self.m = m
+        self.z = torch.where(inside, z, 0.0)
+        self.g = torch.where(inside, g, 0.0)
+
+    def probabilities(self) -> Tensor:
+        if self.spec.activation == Activation.SOFTMAX:
+            return torch.softmax(self.z, 1)
+        return torch.sigmoid(self.z) if self.spec.activation == Activation.SIGMOID else self.z
+
+    def overlap_terms(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(tp, fp, fn) of every voxel, already weighted."""
+        p, g, m = self.probabilities(), self.g, self.m
+        if self.spec.product_mask:
+            p, g, m = p * m, g * m, torch.ones_like(m)
+        if self.spec.overlap == Overlap.PRODUCT:
+            tp, fp, fn = p * g, p * (1 - g), (1 - p) * g
+        elif self.spec.overlap == Overlap.SQUARED:
+            tp, fp, fn = p * g, p * (p - g), g * (g - p)
+        elif self.spec.overlap == Overlap.VOXEL_SQUARED:
+            tp, fp, fn = p * p * g, p * p * (1 - g), (1 - p) ** 2 * g
+        else:
+            tp = (p.abs() + g.abs() - (p - g).abs()) / 2
+            fp, fn = p.abs() - tp, g.abs() - tp
+        return m * tp, m * fp, m * fn
+
+    def voxel_terms(self) -> dict[int, Tensor]:
+        """POS, NEG and LS of every voxel, already weighted."""
+        z, g, m, spec = self.z, self.g, self.m, self.spec
+        if spec.voxel_term == VoxelTerm.CE:
+            nll = -torch.log_softmax(z, 1)
+            # 0 * inf is no part of the sum over hard labels.
+            pos = torch.where(g == 0, 0.0, nll) * g if not spec.dense else g * nll
+            return {POS: m * pos, LS: m * nll}
+        if spec.voxel_term == VoxelTerm.BCE:
+            return {POS: m * g * -F.logsigmoid(z), NEG: m * (1 - g) * -F.logsigmoid(-z)}
+        if spec.voxel_term == VoxelTerm.FOCAL_SIGMOID:
+            bce = z * (1 - g) - F.logsigmoid(z)
+            loss = m * torch.exp(spec.focal_gamma * F.logsigmoid(-z * (2 * g - 1))) * bce
+            return {POS: g * loss, NEG: (1 - g) * loss}
+        log_p = torch.log_softmax(z[:, spec.first_class :], 1)
+        loss = (1 - log_p.exp()) ** spec.focal_gamma * -log_p
+        loss = torch.cat([torch.zeros_like(z[:, : spec.first_class]), loss], 1)
+        return {POS: m * g * loss}
+
+
+def _piece_rows(piece: Piece, chunk: int) -> Tensor:
+    """(B, k, C, R) float64 sums of the k chunks in a piece."""
+    rows, g, m = piece.spec.rows, piece.g, piece.m
+    terms: dict[int, Tensor] = {}
+    if rows & (I | FP | FN):
+        terms[I], terms[FP], terms[FN] = piece.overlap_terms()
+    if rows & G:
+        terms[G] = m * g
+    if rows & N:
+        terms[N] = m.expand_as(g)
+    if piece.spec.voxel_term != VoxelTerm.NONE:
+        terms |= piece.voxel_terms()
+    voxels = g.shape[2]
+    chunks = max(1, -(-voxels // chunk))
+    sums = []
+    for bit in (I, FP, FN, G, POS, NEG, LS, N):
+        if rows & bit:
+            values = terms.get(bit)
+            values = torch.zeros_like(g) if values is None else values
+            values = F.pad(values, (0, chunks * chunk - voxels))
+            sums.append(values.unflatten(2, (chunks, chunk)).sum(3, dtype=torch.float64))
+    if rows & BAD:
+        bad = torch.zeros(g.shape[0], g.shape[1], chunks, dtype=torch.float64, device=g.device)
+        bad[:1, :1, :1] = piece.bad
+        sums.append(bad)
+    return torch.stack(sums, -1).transpose(1, 2)
+
+
+def _pieces(logits: Tensor, spec_chunk: int) -> list[tuple[int, int]]:
+    """(first voxel, voxel count) of pieces that hold whole chunks."""
+    samples, classes = logits.shape[:2]
+    voxels = logits[0, 0].numel() if samples and classes else 0
+    per_chunk = max(1, samples * classes * spec_chunk)
+    step = spec_chunk * max(1, PIECE_ELEMENTS // per_chunk)
+    return [(first, min(step, voxels - first)) for first in range(0, voxels, step)] or [(0, 0)]
+
+
+def sums(logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec) -> Tensor:
+    """(B, K, C, R) float64: see dicekernels/ops.py."""
+    samples, classes = logits.shape[:2]
+    voxels = logits.shape[2:].numel()
+    chunk = min(chunk_voxels(voxels), max(voxels, 1))
+    if samples == 0 or voxels == 0:
+        width = len([bit for bit in (I, FP, FN, G, POS, NEG, LS, N, BAD) if spec.rows & bit])
+        return torch.zeros(
+            samples, chunk_count(voxels), classes, width, dtype=torch.float64, device=logits.device
+        )
+    parts = []
+    for first, count in _pieces(logits, chunk):
+        parts.append(_piece_rows(Piece(logits, target, mask, spec, first, count), chunk))
+    return torch.cat(parts, 1)
+
+
+def loss(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    class_weight: Tensor | None,
+    pos_weight: Tensor | None,
+    neg_weight: Tensor | None,
+    region_lambda: Tensor | None,
+    voxel_lambda: Tensor | None,
+    spec: LossSpec,
+) -> Tensor:
+    """The loss of a whole problem, differentiable in every tensor argument and to any order."""
+    totals = sums(logits, target, mask, spec.sums).sum(1)
+    batch_voxels = logits.shape[0] * logits.shape[2:].numel()
+    return formulas.finish(
+        totals,
+        class_weight,
+        pos_weight,
+        neg_weight,
+        region_lambda,
+        voxel_lambda,
+        spec.sums.rows,
+        spec.finish,
+        batch_voxels,
+    )
+
+
+def finish_with_coef(
+    slots: Tensor,
+    class_weight: Tensor | None,
+    pos_weight: Tensor | None,
+    neg_weight: Tensor | None,
+    region_lambda: Tensor | None,
+    voxel_lambda: Tensor | None,
+    rows: int,
+    spec: FinishSpec,
+    batch_voxels: int,
+) -> tuple[Tensor, Tensor]:
+    """Loss and coef = dLoss/dsums (B, C, R), as the op ``finish`` returns them."""
+    with torch.enable_grad():
+        totals = slots.detach().sum(1).requires_grad_()
+        value = formulas.finish(
+            totals,
+            class_weight,
+            pos_weight,
+            neg_weight,
+            region_lambda,
+            voxel_lambda,
+            rows,
+            spec,
+            batch_voxels,
+        )
+        coef = (
+            torch.autograd.grad(value.sum(), totals)[0]
+            if value.requires_grad
+            else torch.zeros_like(totals)
+        )
+    return value.detach(), coef
+
+
+def check_labels(slots: Tensor, target: Tensor, classes: int, spec: SumsSpec) -> None:
+    """Raises LabelRangeError from the BAD row; only where reading it costs no synchronisation."""
+    count = int(slots[..., -1].sum())
+    if count == 0:
+        return
+    labels = target.flatten().long()
+    wrong = (labels < 0) | (labels >= classes)
+    if spec.ignore_index is not None:
+        wrong &= labels != spec.ignore_index
+    at = int(wrong.nonzero()[0])
+    voxels = max(1, labels.numel() // max(1, slots.shape[0]))
+    raise LabelRangeError(
+        f"target: {count} of {labels.numel()} voxels hold a label outside [0, {classes}), the first is "
+        f"{int(labels[at])} (sample {at // voxels}, voxel {at % voxels}). Expected labels 0 to {classes - 1} for "
+        f"logits with {classes} channels: remap the labels, give the network more channels, or pass "
+        f"ignore_index={int(labels[at])} to leave these voxels out"
+    )
+
+
+def sums_backward(
+    grad_loss: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    coef: Tensor,
+    spec: SumsSpec,
+) -> Tensor:
+    """Gradient of the logits, piece by piece, through autograd of each piece's rows."""
+    samples, classes = logits.shape[:2]
+    scaled = coef if grad_loss is None else coef * _per_class(grad_loss.to(coef), classes)
+    gradient = torch.empty_like(logits)
+    voxels = logits.shape[2:].numel()
+    if logits.numel() == 0:
+        return gradient
+    chunk = min(chunk_voxels(voxels), voxels)
+    flat = gradient.flatten(2) if gradient.numel() else gradient
+    shares = flat.data_ptr() == gradient.data_ptr()
+    for first, count in _pieces(logits, chunk):
+        with torch.enable_grad():
+            # The piece of the leaf alone requires grad, so that the graph is as small as the piece.
+            part = logits.detach().flatten(2)[:, :, first : first + count].requires_grad_()
+            target_part = target.flatten(2) if spec.dense else target.reshape(samples, 1, -1)
+            mask_part = None if mask is None else mask.flatten(2)[:, :, first : first + count]
+            piece = Piece(part, target_part[:, :, first : first + count], mask_part, spec, 0, count)
+            rows = _piece_rows(piece, chunk).sum(1)
+            part_gradient = torch.autograd.grad((rows * scaled).sum(), part)[0]
+        flat[:, :, first : first + count] = part_gradient
+    return gradient if shares else gradient.copy_(flat.view(gradient.shape))
+
+
+def _per_class(grad_loss: Tensor, classes: int) -> Tensor:
+    """() or (groups, outputs) to something that broadcasts with coef (B, C, R)."""
+    if grad_loss.ndim == 0 or grad_loss.shape[1] == 1:
+        return grad_loss.unsqueeze(-1) if grad_loss.ndim else grad_loss
+    return F.pad(grad_loss, (classes - grad_loss.shape[1], 0)).unsqueeze(-1)

@@ -1,0 +1,219 @@
+"""Argument checks: type, then shape, then dtype, then device; messages name the argument and the remedy.
+
+Error types are MONAI's where MONAI has one (docs/semantics.md).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Weight = float | Sequence[float] | Tensor | None
+
+
+def activation_options(
+    sigmoid: bool, softmax: bool, other_act: Callable[[Tensor], Tensor] | None
+) -> None:
+    """At most one activation.
+
+    Raises:
+        TypeError: ``other_act`` is not callable.
+        ValueError: more than one is asked for.
+    """
+    if other_act is not None and not callable(other_act):
+        raise TypeError(f"other_act must be None or callable but is {type(other_act).__name__}.")
+    if int(sigmoid) + int(softmax) + int(other_act is not None) > 1:
+        raise ValueError(
+            "Incompatible values: more than 1 of [sigmoid=True, softmax=True, other_act is not None]."
+        )
+
+
+def option(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    """A string option, or an enum (MONAI's ``LossReduction``, ``Weight``) that holds one.
+
+    Raises:
+        ValueError: it is none of ``allowed``.
+    """
+    text = getattr(value, "value", value)
+    if not isinstance(text, str) or text not in allowed:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
+    return text
+
+
+def tensors(logits: Any, target: Any, mask: Any) -> None:
+    """Types and devices.
+
+    Raises:
+        TypeError: one of them is not a tensor.
+        ValueError: they are on different devices.
+    """
+    for name, value in (("logits", logits), ("target", target), ("mask", mask)):
+        if value is None and name == "mask":
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name}: got {type(value).__name__}, expected a torch.Tensor; wrap it in torch.as_tensor"
+            )
+        if value.device != logits.device:
+            raise ValueError(
+                f"{name}: got a tensor on {value.device}, expected it on {logits.device} as the logits; "
+                f"move it with {name}.to(logits.device)"
+            )
+    if logits.ndim < 2:
+        raise IndexError(f"logits: got shape {tuple(logits.shape)}, expected (B, C, *spatial)")
+    if logits.is_complex():
+        raise TypeError("logits: got complex numbers, expected a real floating dtype")
+
+
+def mask_shape(mask: Tensor | None, logits: Tensor) -> None:
+    """Voxel weights (B, 1, *S).
+
+    Raises:
+        ValueError: another shape.
+    """
+    expected = (logits.shape[0], 1, *logits.shape[2:])
+    if (
+        mask is not None
+        and tuple(mask.shape) != expected
+        and tuple(mask.shape) != (1, *expected[1:])
+    ):
+        raise ValueError(
+            f"mask: got shape {tuple(mask.shape)}, expected {expected} (one weight a voxel, shared by the classes)"
+        )
+
+
+def non_negative(name: str, value: float) -> None:
+    """Raises ValueError for a factor below zero."""
+    if value < 0.0:
+        raise ValueError(f"{name} should be no less than 0.0.")
+
+
+def as_weight(weight: Weight) -> Tensor | None:
+    """A weight given as number, sequence or tensor; a tensor is shared, not copied."""
+    return None if weight is None else torch.as_tensor(weight)
+
+
+_checked: weakref.WeakKeyDictionary[Tensor, int] = weakref.WeakKeyDictionary()
+
+
+def class_weight(weight: Tensor | None, classes: int) -> Tensor | None:
+    """The factors of the overlap terms, or None where MONAI ignores them (one class).
+
+    A 0-dim weight is repeated. The check for negative values reads the tensor, so off the CPU it
+    runs once for each state of a tensor, and never inside a compiled graph.
+
+    Raises:
+        ValueError: wrong length or a negative value.
+    """
+    if weight is None or classes == 1:
+        return None
+    if weight.ndim == 0:
+        weight = weight.expand(classes)
+    elif weight.shape[0] != classes:
+        raise ValueError(
+            "The length of the `weight` sequence should be the same as the number of classes. "
+            "If `include_background=False`, the weight should not include the background category class 0. "
+            f"Got {weight.shape[0]}, expected {classes}."
+        )
+    if not torch.compiler.is_compiling() and _checked.get(weight) != weight._version:
+        if bool((weight < 0).any()):
+            raise ValueError("the value/values of the `weight` should be no less than 0.")
+        _checked[weight] = weight._version
+    return weight
+
+
+def ce_weight(weight: Tensor | None, classes: int) -> Tensor | None:
+    """The class weights of the cross entropy.
+
+    Raises:
+        RuntimeError: wrong length, as torch.nn.functional.cross_entropy.
+    """
+    if weight is not None and weight.numel() != classes:
+        raise RuntimeError(
+            f"weight: got {weight.numel()} values, expected {classes}: the cross entropy has one for every class, "
+            "the background included"
+        )
+    return weight
+
+
+def label_smoothing(value: float) -> None:
+    """Raises RuntimeError outside [0, 1], as torch."""
+    if not 0.0 <= value <= 1.0:
+        raise RuntimeError(f"label_smoothing: got {value}, expected a value between 0.0 and 1.0")
+
+
+def dice_ce_shapes(logits: Tensor, target: Tensor) -> None:
+    """MONAI's first two checks of the losses with a cross entropy; labels (B, *S) are taken, too.
+
+    Raises:
+        ValueError: another number of dimensions or of channels.
+    """
+    if tuple(target.shape) == (logits.shape[0], *logits.shape[2:]):
+        return
+    if logits.dim() != target.dim():
+        raise ValueError(
+            "the number of dimensions for input and target should be the same, "
+            f"got shape {logits.shape} (nb dims: {logits.dim()}) and {target.shape} (nb dims: {target.dim()}). "
+            "if target is not one-hot encoded, please provide a tensor with shape B1H[WD]."
+        )
+    if target.shape[1] != 1 and target.shape[1] != logits.shape[1]:
+        raise ValueError(
+            "number of channels for target is neither 1 (without one-hot encoding) nor the same as input, "
+            f"got shape {logits.shape} and {target.shape}."
+        )
+
+
+def factor(name: str, value: float | Tensor, logits: Tensor) -> Tensor | None:
+    """A lambda as 0-dim float64 tensor on the device of the logits; None for 1.
+
+    Raises:
+        ValueError: a number below zero, or a tensor with more than one value.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name}: got {value.numel()} values, expected one number")
+        return value.to(device=logits.device, dtype=torch.float64)
+    non_negative(name, value)
+    return None if value == 1.0 else torch.tensor(value, dtype=torch.float64, device=logits.device)
+
+
+def region_options(
+    logits: Tensor,
+    target: Tensor,
+    activation: str | None,
+    overlap: str,
+    voxel_term: str | None,
+    mask_mode: str,
+    first_class: int,
+) -> None:
+    """The options of ``region_sums``.
+
+    Raises:
+        TypeError: logits that are not floating.
+        ValueError: an unknown option, or shapes that do not fit.
+    """
+    if not logits.is_floating_point():
+        raise TypeError(
+            f"logits: got {logits.dtype}, expected a floating dtype; use logits.float()"
+        )
+    if activation is not None:
+        option("activation", activation, ("softmax", "sigmoid"))
+    option("overlap", overlap, ("product", "min", "squared", "voxel_squared"))
+    if voxel_term is not None:
+        option("voxel_term", voxel_term, ("ce", "bce", "focal_sigmoid", "focal_softmax"))
+    option("mask_mode", mask_mode, ("weight", "product"))
+    if not 0 <= first_class < logits.shape[1]:
+        raise ValueError(
+            f"first_class: got {first_class}, expected a class of the {logits.shape[1]}"
+        )
+    samples, space = logits.shape[0], logits.shape[2:]
+    allowed = (logits.shape, (samples, 1, *space), (samples, *space))
+    if logits.ndim < 3 or tuple(target.shape) not in (tuple(shape) for shape in allowed):
+        raise ValueError(
+            f"target: got shape {tuple(target.shape)}, expected {tuple(logits.shape)} (values), {(samples, 1, *space)} "
+            f"or {(samples, *space)} (labels) for logits {tuple(logits.shape)} with at least one spatial dimension"
+        )

@@ -1,0 +1,136 @@
+"""Which backend runs: one predicate a backend, used for the choice, for a forced choice and for ``explain``.
+
+The choice rests on static facts alone (device, dtype, class count, what is loaded), so torch.compile
+neither breaks on it nor recompiles for it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backends import native
+
+MAX_CLASSES = 4096
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+BACKEND_VARIABLE = "DICEKERNELS_BACKEND"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A filling of the three ops.
+
+    Attributes:
+        namespace: of the ops, ``torch.ops.<namespace>.sums`` and so on.
+        available: "" or the reason why it can run nothing here.
+        can_run: "" or the reason why it does not take logits of (device type, dtype, classes).
+    """
+
+    name: str
+    namespace: str
+    available: Callable[[], str]
+    can_run: Callable[[str, torch.dtype, int], str]
+
+
+def _cpu_available() -> str:
+    return native.load_error("cpu") or ""
+
+
+def _cpu_can_run(device: str, dtype: torch.dtype, classes: int) -> str:
+    if device != "cpu":
+        return f"the logits are on {device}, it takes tensors on cpu"
+    if dtype not in KERNEL_DTYPES:
+        return f"the logits are {dtype}, it takes float32, float16, bfloat16 and float64"
+    if classes > MAX_CLASSES:
+        return f"the logits have {classes} classes, it takes up to {MAX_CLASSES}"
+    return ""
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("cpu", "dicekernels", _cpu_available, _cpu_can_run),
+        Backend("eager", "dicekernels_eager", lambda: "", lambda device, dtype, classes: ""),
+    )
+}
+
+# What is available does not change in a process; asked once, so that a traced call reads a constant.
+_unavailable = {name: backend.available() for name, backend in BACKENDS.items()}
+_forced: str | None = None
+
+
+def available_backends() -> dict[str, str]:
+    """Every backend of this version: "" if it can run here, else the reason why not."""
+    return dict(_unavailable)
+
+
+def forced_backend() -> str | None:
+    """The backend that ``use_backend`` or ``DICEKERNELS_BACKEND`` names, or None."""
+    return _forced
+
+
+def force_backend(name: str | None) -> None:
+    """Use one backend for every call from now on (None: choose again).
+
+    Raises:
+        ValueError: no backend has this name.
+        RuntimeError: it is not available here; the message has the first cause.
+    """
+    global _forced
+    if name is not None:
+        if name not in BACKENDS:
+            raise ValueError(f"backend: got {name!r}, expected one of {sorted(BACKENDS)}")
+        if _unavailable[name]:
+            raise RuntimeError(f"backend {name!r} is not available: {_unavailable[name]}")
+    _forced = name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend inside a ``with`` block; a problem that it does not take is then an error.
+
+    Raises:
+        ValueError: no backend has this name.
+        RuntimeError: it is not available here; the message has the first cause.
+    """
+    before = _forced
+    force_backend(name)
+    try:
+        yield
+    finally:
+        force_backend(before)
+
+
+def refusals(logits: Tensor) -> dict[str, str]:
+    """For every backend: "" if it takes these logits, else the reason why not."""
+    facts = (logits.device.type, logits.dtype, logits.shape[1])
+    return {
+        name: _unavailable[name] or backend.can_run(*facts) for name, backend in BACKENDS.items()
+    }
+
+
+def choose(logits: Tensor) -> Backend:
+    """The backend for these logits: the forced one, else the first that takes them.
+
+    Raises:
+        RuntimeError: the forced backend does not take them; the message says why.
+    """
+    facts = (logits.device.type, logits.dtype, logits.shape[1])
+    if _forced is not None:
+        reason = BACKENDS[_forced].can_run(*facts)
+        if reason:
+            raise RuntimeError(f"backend {_forced!r} was forced, but {reason}")
+        return BACKENDS[_forced]
+    for name, backend in BACKENDS.items():
+        if not _unavailable[name] and not backend.can_run(*facts):
+            return backend
+    raise AssertionError("the eager backend takes everything")
+
+
+if os.environ.get(BACKEND_VARIABLE):
+    force_backend(os.environ[BACKEND_VARIABLE])

@@ -1,0 +1,144 @@
+"""One evaluation of a loss: what a call has become, which backend runs it, and the call itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .backends import eager
+from .ops import FusedLoss
+from .spec import LossSpec, chunk_count, row_names
+
+# What explain() collects; None outside it.
+_recorder: list[Call | str] | None = None
+
+
+@contextmanager
+def record() -> Iterator[list[Call | str]]:
+    """Collects the calls that run inside the block, and a line for each loss that runs without one."""
+    global _recorder
+    before, _recorder = _recorder, []
+    try:
+        yield _recorder
+    finally:
+        _recorder = before
+
+
+def record_dense(reason: str) -> None:
+    """Notes a loss that dense PyTorch computes."""
+    forced = dispatch.forced_backend()
+    if forced not in (None, "eager"):
+        raise RuntimeError(f"backend {forced!r} was forced, but {reason}; force 'eager' or none")
+    if _recorder is not None:
+        _recorder.append(f"backend: eager (dense PyTorch: {reason})")
+
+
+@dataclass
+class Call:
+    """A loss on its tensors, after every check.
+
+    Attributes:
+        dtype: of the loss.
+        shape: of the loss; None keeps the shape of the op.
+        notes: what happens outside the kernels (an activation of the user's, a copy), for ``explain``.
+    """
+
+    logits: Tensor
+    target: Tensor
+    mask: Tensor | None
+    spec: LossSpec
+    dtype: torch.dtype
+    class_weight: Tensor | None = None
+    pos_weight: Tensor | None = None
+    neg_weight: Tensor | None = None
+    region_lambda: Tensor | None = None
+    voxel_lambda: Tensor | None = None
+    shape: tuple[int, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+    def eager_reason(self) -> str:
+        """Why only the differentiable eager backend can run it, or ""."""
+        if not torch.is_grad_enabled():
+            return ""
+        inputs = {
+            "target": self.target,
+            "mask": self.mask,
+            "weight": self.class_weight,
+            "pos_weight": self.pos_weight,
+            "neg_weight": self.neg_weight,
+            "lambda_dice": self.region_lambda,
+            "lambda_ce": self.voxel_lambda,
+        }
+        for name, tensor in inputs.items():
+            if tensor is not None and tensor.requires_grad:
+                return f"{name} requires a gradient, and the kernels differentiate the logits alone"
+        return ""
+
+    def run(self) -> Tensor:
+        """The loss.
+
+        Raises:
+            RuntimeError: a backend was forced that cannot run it.
+            LabelRangeError: a label is out of range (CPU).
+        """
+        if _recorder is not None:
+            _recorder.append(self)
+        weights = (
+            self.class_weight,
+            self.pos_weight,
+            self.neg_weight,
+            self.region_lambda,
+            self.voxel_lambda,
+        )
+        reason = self.eager_reason()
+        if reason:
+            forced = dispatch.forced_backend()
+            if forced not in (None, "eager"):
+                raise RuntimeError(
+                    f"backend {forced!r} was forced, but {reason}; detach it or force 'eager'"
+                )
+            loss = eager.loss(self.logits, self.target, self.mask, *weights, self.spec).to(
+                self.dtype
+            )
+        else:
+            namespace = dispatch.choose(self.logits).namespace
+            loss, _ = FusedLoss.apply(  # type: ignore[no-untyped-call]
+                self.logits, self.target, self.mask, *weights, self.spec, namespace, self.dtype
+            )
+        return loss if self.shape is None else loss.reshape(self.shape)
+
+    def explain(self) -> str:
+        """Which backend runs it and why, and what it costs."""
+        reason = self.eager_reason()
+        refusals = dispatch.refusals(self.logits)
+        chosen = "eager" if reason else dispatch.choose(self.logits).name
+        samples, classes = self.logits.shape[:2]
+        voxels = self.logits.shape[2:].numel()
+        rows = row_names(self.spec.sums.rows)
+        slots = samples * chunk_count(voxels) * classes * len(rows) * 8
+        logits_bytes = self.logits.numel() * self.logits.element_size()
+        lines = [f"backend: {chosen}" + (f" ({reason})" if reason else "")]
+        for name, refusal in refusals.items():
+            if name != chosen:
+                forced = (
+                    f"{dispatch.forced_backend()!r} is forced"
+                    if dispatch.forced_backend()
+                    else "not the first choice"
+                )
+                lines.append(f"  not {name}: {refusal or (reason if reason else forced)}")
+        lines.append(
+            f"logits: {tuple(self.logits.shape)} {self.logits.dtype} on {self.logits.device}, "
+            f"{logits_bytes / 1e6:.1f} MB; target: {tuple(self.target.shape)} {self.target.dtype}, "
+            f"{'values' if self.spec.sums.dense else 'labels'}"
+        )
+        lines.append(
+            f"sums: {', '.join(rows)} in {chunk_count(voxels)} chunks a sample, {slots / 1e6:.3f} MB of slots; "
+            f"kept for backward: {samples * classes * len(rows) * 8 / 1e6:.3f} MB beside the inputs"
+        )
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)

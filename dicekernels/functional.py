@@ -1,0 +1,442 @@
+"""START HERE: the losses as functions of (logits, target).
+
+Shapes: logits (B, C, *S), raw unless no activation is asked for; target a label map (B, 1, *S) or
+(B, *S) of any dtype that holds integers with ``to_onehot_y=True``, else values (B, C, *S); mask
+(B, 1, *S) voxel weights that enter every sum linearly, in addition to the other options.
+
+One call makes one pass over the volume forward and one backward and keeps nothing of its size but
+the caller's own tensors. Formulas: docs/semantics.md; they are MONAI 1.6.1's unless said otherwise.
+All functions raise AssertionError, TypeError or ValueError, as MONAI, for arguments that do not fit,
+and LabelRangeError for a label outside [0, C) that is not ``ignore_index`` (CPU).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from . import checks, reference
+from .evaluate import Call, record_dense
+from .prepare import Inputs, OtherAct, like_input, plain, prepare
+from .spec import (
+    BAD,
+    LS,
+    NEG,
+    OVERLAP_ROWS,
+    POS,
+    Activation,
+    Denominator,
+    FinishSpec,
+    Formula,
+    G,
+    GdlWeight,
+    LossSpec,
+    N,
+    Overlap,
+    Reduction,
+    SumsSpec,
+    Transform,
+    VoxelTerm,
+)
+from .sums import RegionSums, region_sums
+
+__all__ = [
+    "RegionSums",
+    "dice_ce_loss",
+    "dice_loss",
+    "generalized_dice_loss",
+    "region_sums",
+    "tversky_loss",
+]
+
+_REDUCTIONS = {"none": Reduction.NONE, "mean": Reduction.MEAN, "sum": Reduction.SUM}
+_GDL_WEIGHTS = {
+    "square": GdlWeight.SQUARE,
+    "simple": GdlWeight.SIMPLE,
+    "uniform": GdlWeight.UNIFORM,
+}
+_F = TypeVar("_F", bound=Callable[..., Tensor])
+
+
+def _dense_without_space(oracle: Callable[..., Tensor]) -> Callable[[_F], _F]:
+    """Logits (B, C) have MONAI's own reading (one sum over B and C): the oracle serves them."""
+
+    def decorate(function: _F) -> _F:
+        @functools.wraps(function)
+        def loss(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+            if not isinstance(logits, Tensor) or logits.ndim != 2:
+                return function(logits, target, **options)
+            # The checks, warnings and dtype of the usual path, on a volume of one voxel.
+            voxel = {"mask": None if options.get("mask") is None else options["mask"][..., None]}
+            checked = function(
+                logits[..., None], target[..., None], **{**options, **voxel, "reduction": "mean"}
+            )
+            checks.option("reduction", options.get("reduction", "mean"), ("mean", "sum", "none"))
+            record_dense("the logits have no spatial dimensions")
+            return like_input(
+                oracle(plain(logits), plain(target), **options).to(checked.dtype), logits, target
+            )
+
+        return cast(_F, loss)
+
+    return decorate
+
+
+@_dense_without_space(reference.dice_loss)
+def dice_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: OtherAct = None,
+    squared_pred: bool = False,
+    jaccard: bool = False,
+    reduction: str = "mean",
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    batch: bool = False,
+    weight: checks.Weight = None,
+    soft_label: bool = False,
+    ignore_index: int | None = None,
+    log_loss: bool = False,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Dice loss 1 - (2I + nr) / (P + G + dr) of each (sample, class), or of each class with ``batch``.
+
+    Options as ``monai.losses.DiceLoss``; ``log_loss`` takes -log of the score instead (as
+    ``segmentation_models_pytorch``), ``mask`` weighs voxels.
+
+    Returns:
+        () for reduction "mean" and "sum"; for "none" (B, K, 1, ..) or, with ``batch``, (K, 1, ..).
+    """
+    inputs = prepare(
+        logits,
+        target,
+        mask,
+        include_background,
+        to_onehot_y,
+        sigmoid,
+        softmax,
+        other_act,
+        ignore_index,
+    )
+    finish = FinishSpec(
+        Formula.RATIO,
+        alpha=2.0 if jaccard else 1.0,
+        beta=2.0 if jaccard else 1.0,
+        smooth_nr=float(smooth_nr),
+        smooth_dr=float(smooth_dr),
+        transform=Transform.LOG if log_loss else Transform.LINEAR,
+        skipped=inputs.skipped,
+        batch=batch,
+        reduction=_reduction(reduction),
+    )
+    call = _overlap_call(inputs, _overlap(inputs, squared_pred, soft_label), finish)
+    call.class_weight = checks.class_weight(checks.as_weight(weight), inputs.classes)
+    if finish.reduction == Reduction.NONE:
+        call.shape = (*_terms_shape(inputs, batch), *_ones(inputs, batch))
+    return like_input(call.run(), logits, target)
+
+
+@_dense_without_space(reference.generalized_dice_loss)
+def generalized_dice_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: OtherAct = None,
+    w_type: str = "square",
+    reduction: str = "mean",
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    batch: bool = False,
+    soft_label: bool = False,
+    ignore_index: int | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Generalized Dice loss 1 - (2 sum_c w_c I_c + nr) / (sum_c w_c (P_c + G_c) + dr), w_c = 1/G_c^2.
+
+    Options as ``monai.losses.GeneralizedDiceLoss``; ``ignore_index`` as in :func:`dice_loss`,
+    ``mask`` weighs voxels. A class without a voxel gets the largest finite weight of the sample.
+
+    Returns:
+        () for reduction "mean" and "sum"; for "none" (B, 1, 1, ..) or, with ``batch``, (1, 1, ..).
+    """
+    inputs = prepare(
+        logits,
+        target,
+        mask,
+        include_background,
+        to_onehot_y,
+        sigmoid,
+        softmax,
+        other_act,
+        ignore_index,
+    )
+    finish = FinishSpec(
+        Formula.GENERALIZED,
+        smooth_nr=float(smooth_nr),
+        smooth_dr=float(smooth_dr),
+        gdl_weight=_GDL_WEIGHTS[checks.option("w_type", w_type, tuple(_GDL_WEIGHTS))],
+        skipped=inputs.skipped,
+        batch=batch,
+        reduction=_reduction(reduction),
+    )
+    call = _overlap_call(inputs, _overlap(inputs, False, soft_label), finish)
+    call.dtype = torch.promote_types(call.dtype, torch.float32)  # MONAI's weights are float32
+    if finish.reduction == Reduction.NONE:
+        call.shape = (
+            (1, *_ones(inputs, batch)) if batch else (logits.shape[0], 1, *_ones(inputs, batch))
+        )
+    return like_input(call.run(), logits, target)
+
+
+@_dense_without_space(reference.tversky_loss)
+def tversky_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: OtherAct = None,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    reduction: str = "mean",
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    batch: bool = False,
+    soft_label: bool = False,
+    ignore_index: int | None = None,
+    gamma: float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Tversky loss 1 - (I + nr) / (I + alpha FP + beta FN + dr) of each (sample, class).
+
+    Options as ``monai.losses.TverskyLoss``. ``gamma`` is the exponent of the focal Tversky loss,
+    max(1 - score, 0)**gamma of each term before the reduction; ``mask`` weighs voxels.
+
+    Returns:
+        () for reduction "mean" and "sum"; for "none" (B, K) or, with ``batch``, (K,).
+    """
+    inputs = prepare(
+        logits,
+        target,
+        mask,
+        include_background,
+        to_onehot_y,
+        sigmoid,
+        softmax,
+        other_act,
+        ignore_index,
+    )
+    if gamma <= 0:
+        raise ValueError(
+            f"gamma: got {gamma}, expected a positive exponent (1 is the plain Tversky loss)"
+        )
+    if inputs.dense and not soft_label and inputs.target.dtype == torch.bool:
+        raise RuntimeError(
+            "target: got torch.bool values, expected numbers for the Tversky loss; use target.float()"
+        )
+    finish = FinishSpec(
+        Formula.RATIO,
+        kappa=1.0,
+        alpha=float(alpha),
+        beta=float(beta),
+        smooth_nr=float(smooth_nr),
+        smooth_dr=float(smooth_dr),
+        transform=Transform.LINEAR if gamma == 1 else Transform.POWER,
+        exponent=float(gamma),
+        skipped=inputs.skipped,
+        batch=batch,
+        reduction=_reduction(reduction),
+    )
+    call = _overlap_call(inputs, _overlap(inputs, False, soft_label), finish)
+    if finish.reduction == Reduction.NONE:
+        call.shape = _terms_shape(inputs, batch)
+    return like_input(call.run(), logits, target)
+
+
+@_dense_without_space(reference.dice_ce_loss)
+def dice_ce_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: OtherAct = None,
+    squared_pred: bool = False,
+    jaccard: bool = False,
+    reduction: str = "mean",
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    batch: bool = False,
+    weight: checks.Weight = None,
+    lambda_dice: float | Tensor = 1.0,
+    lambda_ce: float | Tensor = 1.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
+    soft_label: bool = False,
+    ce_include_background: bool = True,
+    mask: Tensor | None = None,
+    dice_weight: checks.Weight = None,
+) -> Tensor:
+    """lambda_dice x Dice loss + lambda_ce x cross entropy (BCE for one channel), from one pass.
+
+    Options as ``monai.losses.DiceCELoss``. ``weight`` has one value for every class, the background
+    included; the Dice term takes it without the background if that is excluded, or takes
+    ``dice_weight`` in its place. ``ignore_index`` leaves voxels out of both terms; the mean of the
+    cross entropy is over the others (0 if there are none). ``soft_label`` is that of
+    :func:`dice_loss`. ``ce_include_background=False`` gives the background weight 0 in the cross
+    entropy. A lambda may be a 0-dim tensor: a warm-up then changes its value and recompiles nothing.
+
+    Returns:
+        ().
+    """
+    reduction = checks.option("reduction", reduction, ("mean", "sum"))
+    checks.tensors(logits, target, mask)
+    checks.dice_ce_shapes(logits, target)
+    inputs = prepare(
+        logits,
+        target,
+        mask,
+        include_background,
+        to_onehot_y,
+        sigmoid,
+        softmax,
+        other_act,
+        ignore_index,
+    )
+    channels = logits.shape[1]
+    voxel_weight = checks.ce_weight(checks.as_weight(weight), channels)
+    if dice_weight is None and voxel_weight is not None:
+        dice_weight = voxel_weight[inputs.skipped :] if voxel_weight.ndim else voxel_weight
+    term = _ce_term(
+        inputs, reduction, voxel_weight is not None, label_smoothing, ce_include_background
+    )
+    finish = dataclasses.replace(
+        term.finish,
+        formula=Formula.RATIO,
+        alpha=2.0 if jaccard else 1.0,
+        beta=2.0 if jaccard else 1.0,
+        smooth_nr=float(smooth_nr),
+        smooth_dr=float(smooth_dr),
+        skipped=inputs.skipped,
+        batch=batch,
+    )
+    call = _overlap_call(inputs, _overlap(inputs, squared_pred, soft_label), finish)
+    call.class_weight = checks.class_weight(checks.as_weight(dice_weight), inputs.classes)
+    call.region_lambda = checks.factor("lambda_dice", lambda_dice, logits)
+    voxel_lambda = checks.factor("lambda_ce", lambda_ce, logits)
+    call.dtype = torch.promote_types(call.dtype, inputs.raw_logits.dtype)
+    if other_act is None:
+        sums = dataclasses.replace(
+            call.spec.sums,
+            rows=call.spec.sums.rows | term.sums.rows,
+            voxel_term=term.sums.voxel_term,
+        )
+        call.spec = LossSpec(sums, finish)
+        call.pos_weight, call.voxel_lambda = voxel_weight, voxel_lambda
+        return like_input(call.run(), logits, target)
+    # The cross entropy wants the raw logits, the overlap what other_act made of them: two passes.
+    voxel = Call(inputs.raw_logits, inputs.target, inputs.mask, term, call.dtype)
+    voxel.pos_weight, voxel.voxel_lambda = voxel_weight, voxel_lambda
+    call.spec = LossSpec(
+        call.spec.sums,
+        dataclasses.replace(finish, label_smoothing=0.0, denominator=Denominator.ONE),
+    )
+    return like_input(call.run() + voxel.run(), logits, target)
+
+
+def _reduction(value: str) -> Reduction:
+    return _REDUCTIONS[checks.option("reduction", value, ("mean", "sum", "none"))]
+
+
+def _overlap(inputs: Inputs, squared_pred: bool, soft_label: bool) -> Overlap:
+    """squared_pred wins over soft_label, and both want floating values (MONAI's vector norms)."""
+    if not (squared_pred or soft_label):
+        return Overlap.PRODUCT
+    if inputs.dense and not inputs.target.is_floating_point():
+        raise RuntimeError(
+            f"target: got {inputs.target.dtype} values, expected a floating dtype for squared_pred or soft_label; "
+            "use target.float()"
+        )
+    return Overlap.SQUARED if squared_pred else Overlap.MIN
+
+
+def _overlap_call(inputs: Inputs, overlap: Overlap, finish: FinishSpec) -> Call:
+    rows = OVERLAP_ROWS | (0 if inputs.dense else BAD)
+    if finish.formula == Formula.GENERALIZED or finish.denominator == Denominator.WEIGHTS:
+        rows |= G
+    sums = SumsSpec(
+        dense=inputs.dense,
+        activation=inputs.activation,
+        rows=rows | (LS if finish.label_smoothing else 0),
+        overlap=overlap,
+        ignore_index=inputs.ignore_index,
+        product_mask=inputs.product_mask,
+    )
+    return Call(
+        inputs.logits,
+        inputs.target,
+        inputs.mask,
+        LossSpec(sums, finish),
+        inputs.dtype,
+        notes=inputs.notes,
+    )
+
+
+def _ce_term(
+    inputs: Inputs, reduction: str, weighted: bool, smoothing: float, include_background: bool
+) -> LossSpec:
+    """MONAI's cross entropy half alone: index mode, probability mode, or BCE for one channel."""
+    checks.label_smoothing(smoothing)
+    channels = inputs.raw_logits.shape[1]
+    binary = channels == 1
+    smoothing = 0.0 if binary else float(smoothing)
+    skipped = 0 if include_background or binary else 1
+    rows = (
+        POS | N | (LS if smoothing else 0) | (0 if inputs.dense else BAD) | (NEG if binary else 0)
+    )
+    denominator = Denominator.VOXELS if reduction == "mean" else Denominator.ONE
+    if reduction == "mean" and not inputs.dense and (weighted or skipped):
+        denominator, rows = Denominator.WEIGHTS, rows | G
+    sums = SumsSpec(
+        dense=inputs.dense,
+        activation=Activation.NONE,
+        rows=rows,
+        voxel_term=VoxelTerm.BCE if binary else VoxelTerm.CE,
+        ignore_index=inputs.ignore_index,
+        product_mask=inputs.product_mask,
+    )
+    finish = FinishSpec(
+        Formula.NONE,
+        reduction=_reduction(reduction),
+        label_smoothing=smoothing,
+        denominator=denominator,
+        voxel_skipped=skipped,
+    )
+    return LossSpec(sums, finish)
+
+
+def _terms_shape(inputs: Inputs, batch: bool) -> tuple[int, ...]:
+    return (inputs.classes,) if batch else (inputs.logits.shape[0], inputs.classes)
+
+
+def _ones(inputs: Inputs, batch: bool) -> tuple[int, ...]:
+    """MONAI views its terms as (the first two sizes, 1, ..) in as many dimensions as it has."""
+    return (1,) * (inputs.logits.ndim - 2)

@@ -1,0 +1,302 @@
+"""The three ops and their autograd: ``sums``, ``finish``, ``sums_backward`` of the namespaces in :data:`NAMESPACES`.
+
+Shapes: logits (B, C, *S) floating; target labels (B, 1, *S) or (B, *S), or values (B, C, *S); mask (B, 1, *S)
+voxel weights; sums (B, K, C, R) float64, K = chunk_count(V), R = rows that are on; coef (B, C, R) = dLoss/dsums;
+loss () or (groups, outputs) float64; gradient as the logits in shape, dtype and strides.
+
+Every namespace has the same schemas: ``dicekernels`` is filled by the binary (CPU), ``dicekernels_eager`` by
+PyTorch code. They are opaque to torch.compile and have fakes; autograd is in the Functions below.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import eager, native
+from .backends.eager import LabelRangeError
+from .spec import (
+    BAD,
+    Activation,
+    Denominator,
+    FinishSpec,
+    Formula,
+    GdlWeight,
+    LossSpec,
+    Overlap,
+    Reduction,
+    SumsSpec,
+    Transform,
+    VoxelTerm,
+    chunk_count,
+)
+
+_SUMS_ARGS = (
+    "bool dense, int activation, int overlap, int voxel_term, int rows, int? ignore_index, "
+    "bool product_mask, float focal_gamma, int first_class"
+)
+_FINISH_ARGS = (
+    "int rows, int formula, float kappa, float alpha, float beta, float smooth_nr, float smooth_dr, "
+    "int transform, float exponent, int gdl_weight, int skipped, bool batch, int reduction, "
+    "float label_smoothing, int denominator, int voxel_skipped, int batch_voxels"
+)
+SCHEMAS = {
+    "sums": f"sums(Tensor logits, Tensor target, Tensor? mask, {_SUMS_ARGS}) -> Tensor",
+    "finish": (
+        "finish(Tensor sums, Tensor? class_weight, Tensor? pos_weight, Tensor? neg_weight, "
+        "Tensor? region_lambda, Tensor? voxel_lambda, "
+        f"{_FINISH_ARGS}) -> (Tensor, Tensor)"
+    ),
+    "sums_backward": (
+        "sums_backward(Tensor? grad_loss, Tensor logits, Tensor target, Tensor? mask, Tensor coef, "
+        f"{_SUMS_ARGS}) -> Tensor"
+    ),
+}
+NAMESPACES = ("dicekernels", "dicekernels_eager")
+
+_libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in NAMESPACES}
+
+
+def _sums_spec(args: tuple[Any, ...]) -> SumsSpec:
+    (
+        dense,
+        activation,
+        overlap,
+        voxel_term,
+        rows,
+        ignore_index,
+        product_mask,
+        focal_gamma,
+        first_class,
+    ) = args
+    return SumsSpec(
+        dense=dense,
+        activation=Activation(activation),
+        rows=rows,
+        overlap=Overlap(overlap),
+        voxel_term=VoxelTerm(voxel_term),
+        ignore_index=ignore_index,
+        product_mask=product_mask,
+        focal_gamma=focal_gamma,
+        first_class=first_class,
+    )
+
+
+def _finish_spec(args: tuple[Any, ...]) -> FinishSpec:
+    """From the arguments of the op between ``formula`` and ``voxel_skipped``."""
+    return FinishSpec(
+        Formula(args[0]),
+        *args[1:6],
+        Transform(args[6]),
+        args[7],
+        GdlWeight(args[8]),
+        args[9],
+        args[10],
+        Reduction(args[11]),
+        args[12],
+        Denominator(args[13]),
+        args[14],
+    )
+
+
+def _eager_sums(logits: Tensor, target: Tensor, mask: Tensor | None, *args: Any) -> Tensor:
+    spec = _sums_spec(args)
+    slots = eager.sums(logits, target, mask, spec)
+    if spec.rows & BAD and logits.device.type == "cpu":
+        eager.check_labels(slots, target, logits.shape[1], spec)
+    return slots
+
+
+def _eager_finish(
+    sums: Tensor,
+    class_weight: Tensor | None,
+    pos_weight: Tensor | None,
+    neg_weight: Tensor | None,
+    region_lambda: Tensor | None,
+    voxel_lambda: Tensor | None,
+    rows: int,
+    *args: Any,
+) -> tuple[Tensor, Tensor]:
+    return eager.finish_with_coef(
+        sums,
+        class_weight,
+        pos_weight,
+        neg_weight,
+        region_lambda,
+        voxel_lambda,
+        rows,
+        _finish_spec(args),
+        args[-1],
+    )
+
+
+def _eager_sums_backward(
+    grad_loss: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    coef: Tensor,
+    *args: Any,
+) -> Tensor:
+    return eager.sums_backward(grad_loss, logits, target, mask, coef, _sums_spec(args))
+
+
+def _fake_sums(logits: Tensor, target: Tensor, mask: Tensor | None, *args: Any) -> Tensor:
+    voxels = 1
+    for size in logits.shape[2:]:
+        voxels = voxels * size
+    samples, classes = logits.shape[:2]
+    rows: int = args[4]
+    return logits.new_empty(
+        (samples, chunk_count(voxels), classes, rows.bit_count()), dtype=torch.float64
+    )
+
+
+def _fake_finish(
+    sums: Tensor,
+    class_weight: Tensor | None,
+    pos_weight: Tensor | None,
+    neg_weight: Tensor | None,
+    region_lambda: Tensor | None,
+    voxel_lambda: Tensor | None,
+    rows: int,
+    *args: Any,
+) -> tuple[Tensor, Tensor]:
+    samples, _, classes, width = sums.shape
+    shape = _finish_spec(args).loss_shape(samples, classes)
+    return sums.new_empty(shape), sums.new_empty((samples, classes, width))
+
+
+def _fake_sums_backward(
+    grad_loss: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    coef: Tensor,
+    *args: Any,
+) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _register() -> None:
+    fakes = {"sums": _fake_sums, "finish": _fake_finish, "sums_backward": _fake_sums_backward}
+    bodies = {"sums": _eager_sums, "finish": _eager_finish, "sums_backward": _eager_sums_backward}
+    for namespace, library in _libraries.items():
+        for name, schema in SCHEMAS.items():
+            library.define(schema)
+            torch.library.register_fake(f"{namespace}::{name}", fakes[name], lib=library)
+    for name, body in bodies.items():
+        _libraries["dicekernels_eager"].impl(name, body, "CompositeExplicitAutograd")
+    native.load_error("cpu")
+
+
+_register()
+
+
+def call_sums(
+    namespace: str, logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec
+) -> Tensor:
+    """The op ``sums``; a label out of range raises LabelRangeError."""
+    op = getattr(torch.ops, namespace).sums
+    if torch.compiler.is_compiling():
+        return op(logits, target, mask, *spec.args())  # type: ignore[no-any-return]
+    try:
+        return op(logits, target, mask, *spec.args())  # type: ignore[no-any-return]
+    except LabelRangeError:
+        raise
+    except RuntimeError as error:
+        # The binary can only raise RuntimeError; the message is one line before torch's own trailer.
+        message = str(error)
+        if "hold a label outside [0, " not in message:
+            raise
+        raise LabelRangeError(message[message.index("target:") :].splitlines()[0]) from None
+
+
+class RegionSums(torch.autograd.Function):
+    """Sums (B, C, R) of the whole volume, differentiable in the logits."""
+
+    @staticmethod
+    def forward(
+        logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec, namespace: str
+    ) -> Tensor:
+        return call_sums(namespace, logits, target, mask, spec).sum(1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        logits, target, mask, ctx.spec, ctx.namespace = inputs
+        ctx.save_for_backward(logits, target, mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        logits, target, mask = ctx.saved_tensors
+        if _wants_graph():
+            with torch.enable_grad():
+                again = eager.sums(logits, target, mask, ctx.spec).sum(1)
+                (gradient,) = torch.autograd.grad(again, logits, grad, create_graph=True)
+        else:
+            op = getattr(torch.ops, ctx.namespace).sums_backward
+            gradient = op(None, logits, target, mask, grad, *ctx.spec.args())
+        return gradient, None, None, None, None
+
+
+class FusedLoss(torch.autograd.Function):
+    """Loss and coef, differentiable in the logits; between forward and backward only coef is kept."""
+
+    @staticmethod
+    def forward(
+        logits: Tensor,
+        target: Tensor,
+        mask: Tensor | None,
+        class_weight: Tensor | None,
+        pos_weight: Tensor | None,
+        neg_weight: Tensor | None,
+        region_lambda: Tensor | None,
+        voxel_lambda: Tensor | None,
+        spec: LossSpec,
+        namespace: str,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        slots = call_sums(namespace, logits, target, mask, spec.sums)
+        batch_voxels = logits.shape[0] * logits.shape[2:].numel()
+        loss, coef = getattr(torch.ops, namespace).finish(
+            slots,
+            class_weight,
+            pos_weight,
+            neg_weight,
+            region_lambda,
+            voxel_lambda,
+            spec.sums.rows,
+            *spec.finish.args(batch_voxels),
+        )
+        return loss.to(dtype), coef
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        logits, target, mask, *weights, ctx.spec, ctx.namespace, ctx.dtype = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, target, mask, output[1], *weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> Any:
+        logits, target, mask, coef, *weights = ctx.saved_tensors
+        if grad_loss is None:
+            return (None,) * 11
+        if _wants_graph():
+            with torch.enable_grad():
+                again = eager.loss(logits, target, mask, *weights, ctx.spec).to(ctx.dtype)
+                (gradient,) = torch.autograd.grad(again, logits, grad_loss, create_graph=True)
+        else:
+            op = getattr(torch.ops, ctx.namespace).sums_backward
+            gradient = op(grad_loss, logits, target, mask, coef, *ctx.spec.sums.args())
+        return gradient, *(None,) * 10
+
+
+def _wants_graph() -> bool:
+    """True in a backward with create_graph=True: only the eager backend differentiates twice."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+__all__ = ["SCHEMAS", "FusedLoss", "LabelRangeError", "RegionSums", "call_sums"]

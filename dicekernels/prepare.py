@@ -1,0 +1,188 @@
+"""From a user's (logits, target, options) to what the sums need, in MONAI's order of steps.
+
+Every loss shares these steps: activation, one-hot, background, shape check, ignore mask
+(``../docs/semantics.md``, "Steps"). Nothing of the volume's size is made here, except where a note says so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .spec import Activation
+
+OtherAct = Callable[[Tensor], Tensor] | None
+
+
+@dataclass
+class Inputs:
+    """The arguments of ``sums`` that come from the user's data.
+
+    Attributes:
+        raw_logits: before ``other_act``, for a voxel term.
+        skipped: 1 if the background has no overlap term, else 0.
+        product_mask: the mask multiplies p and g (MONAI's ignored class of a dense target).
+        dtype: of an overlap loss by torch's promotion rules.
+    """
+
+    logits: Tensor
+    raw_logits: Tensor
+    target: Tensor
+    mask: Tensor | None
+    dense: bool
+    activation: Activation
+    skipped: int
+    ignore_index: int | None
+    product_mask: bool
+    dtype: torch.dtype
+    notes: tuple[str, ...]
+
+    @property
+    def classes(self) -> int:
+        """Classes with an overlap term."""
+        return self.logits.shape[1] - self.skipped
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """MONAI's MetaTensor as the torch.Tensor that it is; its bookkeeping costs more than a small op."""
+    return tensor.as_subclass(Tensor) if type(tensor).__name__ == "MetaTensor" else tensor
+
+
+def like_input(loss: Tensor, *inputs: Tensor | None) -> Tensor:
+    """The loss as MetaTensor if an input was one, as MONAI returns it."""
+    for tensor in inputs:
+        if type(tensor).__name__ == "MetaTensor":
+            return type(tensor)(loss)  # type: ignore[no-any-return,misc]
+    return loss
+
+
+def _single_channel(option: str) -> None:
+    warnings.warn(f"single channel prediction, `{option}` ignored.", UserWarning, stacklevel=5)
+
+
+def prepare(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    include_background: bool,
+    to_onehot_y: bool,
+    sigmoid: bool,
+    softmax: bool,
+    other_act: OtherAct,
+    ignore_index: int | None,
+) -> Inputs:
+    """Checks the data and applies the options.
+
+    Raises:
+        TypeError, ValueError: not tensors, different devices, a mask of another shape, two activations.
+        AssertionError: the target's shape does not fit (MONAI's type).
+        NotImplementedError: softmax of integers (torch's type).
+    """
+    checks.activation_options(sigmoid, softmax, other_act)
+    checks.tensors(logits, target, mask)
+    logits, target = plain(logits), plain(target)
+    mask = None if mask is None else plain(mask)
+    raw_logits, notes = logits, []
+    channels = logits.shape[1]
+    activation = Activation.SIGMOID if sigmoid else Activation.NONE
+    if softmax:
+        if channels == 1:
+            _single_channel("softmax=True")
+        elif not logits.is_floating_point():
+            raise NotImplementedError(
+                f"logits: got {logits.dtype}, expected a floating dtype for softmax=True; use logits.float()"
+            )
+        else:
+            activation = Activation.SOFTMAX
+    if other_act is not None:
+        logits = other_act(logits)
+        notes.append(
+            "other_act runs in PyTorch and its result of the logits' size is kept for its own backward"
+        )
+    dense = True
+    if to_onehot_y:
+        if channels == 1:
+            _single_channel("to_onehot_y=True")
+        else:
+            dense = False
+    skipped = 0
+    if not include_background:
+        if channels == 1:
+            _single_channel("include_background=False")
+        else:
+            skipped = 1
+    _check_target(logits, target, dense)
+    checks.mask_shape(mask, logits)
+    promoted = torch.promote_types(
+        logits.dtype if logits.is_floating_point() else torch.float32,
+        target.dtype if dense else torch.float32,
+    )
+    if torch.is_autocast_enabled(logits.device.type):
+        promoted = torch.promote_types(promoted, torch.float32)
+    if not logits.is_floating_point():
+        logits = logits.float()
+        notes.append("integer logits are copied once to float32")
+    product_mask = False
+    if ignore_index is not None and dense:
+        kept = _dense_ignore_mask(target, ignore_index)
+        product_mask = mask is None
+        mask = kept if mask is None else mask * kept
+        notes.append("ignore_index of a dense target makes a voxel mask (B, 1, *S)")
+        ignore_index = None
+    if mask is not None and mask.shape[0] != logits.shape[0]:
+        mask = mask.expand(logits.shape[0], *mask.shape[1:])
+    return Inputs(
+        logits,
+        raw_logits,
+        target,
+        mask,
+        dense,
+        activation,
+        skipped,
+        ignore_index,
+        product_mask,
+        promoted,
+        tuple(notes),
+    )
+
+
+def _check_target(logits: Tensor, target: Tensor, dense: bool) -> None:
+    shape, expected = tuple(target.shape), tuple(logits.shape)
+    if dense:
+        if shape != expected:
+            hint = (
+                "; pass to_onehot_y=True for a label map"
+                if shape == (expected[0], 1, *expected[2:])
+                else ""
+            )
+            raise AssertionError(
+                f"ground truth has different shape ({target.shape}) from input ({logits.shape}){hint}"
+            )
+        return
+    if shape == (expected[0], *expected[2:]) and len(shape) > 1:
+        return
+    if target.ndim < 2 or shape[1] != 1:
+        raise AssertionError(
+            f"labels should have a channel with length equal to one. target: got shape {shape}, expected "
+            f"{(expected[0], 1, *expected[2:])}; a one-hot target goes with to_onehot_y=False"
+        )
+    if (shape[0], *shape[2:]) != (expected[0], *expected[2:]):
+        raise AssertionError(
+            f"ground truth has different shape ({target.shape}) from input ({logits.shape})"
+        )
+
+
+def _dense_ignore_mask(target: Tensor, ignore_index: int) -> Tensor:
+    """MONAI's create_ignore_mask for a target of values: see docs/semantics.md, "ignore_index"."""
+    if target.shape[1] == 1:
+        return target != ignore_index
+    if 0 <= ignore_index < target.shape[1]:
+        return 1 - target[:, ignore_index : ignore_index + 1].to(
+            torch.promote_types(target.dtype, torch.uint8)
+        )
+    return target.sum(1, keepdim=True) > 0

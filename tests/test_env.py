@@ -1,0 +1,97 @@
+"""`python -m dicekernels.env`: complete, truthful, and in step with docs/environment.md."""
+
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dicekernels import env
+from dicekernels.dispatch import available_backends
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_text_names_each_backend_with_its_state(capsys: pytest.CaptureFixture[str]) -> None:
+    env.main([])
+    text = capsys.readouterr().out
+    backends = available_backends()
+    assert {"cpu", "eager"} <= set(backends)
+    for name, reason in backends.items():
+        state = f"not available: {reason}" if reason else "available"
+        assert re.search(rf"^  {name} +{re.escape(state)}$", text, re.MULTILINE)
+
+
+def test_facts_are_those_of_this_process() -> None:
+    facts = env.report()
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["python"] == sys.version.split()[0]
+    assert facts["cpu"]["threads"] == torch.get_num_threads()
+    assert len(facts["gpus"]) == torch.cuda.device_count()
+
+
+def test_json_is_the_same_report(capsys: pytest.CaptureFixture[str]) -> None:
+    env.main(["--json"])
+    assert json.loads(capsys.readouterr().out) == env.report()
+
+
+def test_missing_package_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert env.report()["versions"]["triton"] is None
+    assert re.search(r"^  triton +none$", env.as_text(env.report()), re.MULTILINE)
+
+
+def run_env(**variables: str) -> dict[str, Any]:
+    """The report of a new process with these variables."""
+    command = [sys.executable, "-m", "dicekernels.env", "--json"]
+    done = subprocess.run(
+        command, env=os.environ | variables, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("value", "kernels"), [("default", "baseline"), ("sse5", 'refused: .*got "sse5", expected')]
+)
+def test_kernels_are_those_that_the_variable_names(value: str, kernels: str) -> None:
+    facts = run_env(DICEKERNELS_CPU_CAPABILITY=value)
+    assert re.match(kernels, facts["cpu"]["kernels"])
+    assert facts["variables"]["DICEKERNELS_CPU_CAPABILITY"] == value
+
+
+def test_broken_library_shows_its_error(tmp_path: Path) -> None:
+    library = tmp_path / "libdicekernels_cpu.so"
+    library.write_bytes(b"no shared library" * 100)
+    facts = run_env(DICEKERNELS_LIBRARY_PATH=str(tmp_path), DICEKERNELS_BACKEND="")
+    assert facts["backends"]["eager"] == "available"
+    assert facts["backends"]["cpu"].startswith("not available: ")
+    assert str(library) in facts["backends"]["cpu"]
+    assert "invalid ELF header" in facts["backends"]["cpu"]
+    assert facts["cpu"]["kernels"] is None
+    assert facts["variables"]["DICEKERNELS_LIBRARY_PATH"] == str(tmp_path)
+
+
+def test_every_variable_is_documented() -> None:
+    folders = {"dicekernels": "*.py", "csrc": "*.[ch]*"}
+    sources = [path for folder, kind in folders.items() for path in (ROOT / folder).rglob(kind)]
+    sources += [ROOT / "setup.py", ROOT / "Makefile"]
+    used = {
+        name
+        for path in sources
+        for name in re.findall(r"[\"'(](DICEKERNELS_[A-Z_]+)[\"')]", path.read_text())
+    }
+    documented = set(re.findall(r"`([A-Z_]+)`", (ROOT / "docs/environment.md").read_text()))
+    # These two are CMake options that setup.py sets, not variables of the environment.
+    used -= {"DICEKERNELS_COMMIT", "DICEKERNELS_TORCH_DIR"}
+    assert {"DICEKERNELS_BUILD", "DICEKERNELS_LIBRARY_PATH"} <= used
+    assert used <= documented
+    assert set(env.VARIABLES) <= documented
