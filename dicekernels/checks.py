@@ -15,9 +15,7 @@ from torch import Tensor
 Weight = float | Sequence[float] | Tensor | None
 
 
-def activation_options(
-    sigmoid: bool, softmax: bool, other_act: Callable[[Tensor], Tensor] | None
-) -> None:
+def activation_options(sigmoid: bool, softmax: bool, other_act: Callable[[Tensor], Tensor] | None) -> None:
     """At most one activation.
 
     Raises:
@@ -76,13 +74,10 @@ def mask_shape(mask: Tensor | None, logits: Tensor) -> None:
         ValueError: another shape.
     """
     expected = (logits.shape[0], 1, *logits.shape[2:])
-    if (
-        mask is not None
-        and tuple(mask.shape) != expected
-        and tuple(mask.shape) != (1, *expected[1:])
-    ):
+    if mask is not None and tuple(mask.shape) != expected and tuple(mask.shape) != (1, *expected[1:]):
         raise ValueError(
-            f"mask: got shape {tuple(mask.shape)}, expected {expected} (one weight a voxel, shared by the classes)"
+            f"mask: got shape {tuple(mask.shape)}, expected {expected} "
+            "(one weight a voxel, shared by the classes)"
         )
 
 
@@ -134,8 +129,8 @@ def ce_weight(weight: Tensor | None, classes: int) -> Tensor | None:
     """
     if weight is not None and weight.numel() != classes:
         raise RuntimeError(
-            f"weight: got {weight.numel()} values, expected {classes}: the cross entropy has one for every class, "
-            "the background included"
+            f"weight: got {weight.numel()} values, expected {classes}: the cross entropy has one for every "
+            "class, the background included"
         )
     return weight
 
@@ -157,7 +152,8 @@ def dice_ce_shapes(logits: Tensor, target: Tensor) -> None:
     if logits.dim() != target.dim():
         raise ValueError(
             "the number of dimensions for input and target should be the same, "
-            f"got shape {logits.shape} (nb dims: {logits.dim()}) and {target.shape} (nb dims: {target.dim()}). "
+            f"got shape {logits.shape} (nb dims: {logits.dim()}) "
+            f"and {target.shape} (nb dims: {target.dim()}). "
             "if target is not one-hot encoded, please provide a tensor with shape B1H[WD]."
         )
     if target.shape[1] != 1 and target.shape[1] != logits.shape[1]:
@@ -197,9 +193,7 @@ def region_options(
         ValueError: an unknown option, or shapes that do not fit.
     """
     if not logits.is_floating_point():
-        raise TypeError(
-            f"logits: got {logits.dtype}, expected a floating dtype; use logits.float()"
-        )
+        raise TypeError(f"logits: got {logits.dtype}, expected a floating dtype; use logits.float()")
     if activation is not None:
         option("activation", activation, ("softmax", "sigmoid"))
     option("overlap", overlap, ("product", "min", "squared", "voxel_squared"))
@@ -207,13 +201,12 @@ def region_options(
         option("voxel_term", voxel_term, ("ce", "bce", "focal_sigmoid", "focal_softmax"))
     option("mask_mode", mask_mode, ("weight", "product"))
     if not 0 <= first_class < logits.shape[1]:
-        raise ValueError(
-            f"first_class: got {first_class}, expected a class of the {logits.shape[1]}"
-        )
+        raise ValueError(f"first_class: got {first_class}, expected a class of the {logits.shape[1]}")
     samples, space = logits.shape[0], logits.shape[2:]
     allowed = (logits.shape, (samples, 1, *space), (samples, *space))
     if logits.ndim < 3 or tuple(target.shape) not in (tuple(shape) for shape in allowed):
         raise ValueError(
-            f"target: got shape {tuple(target.shape)}, expected {tuple(logits.shape)} (values), {(samples, 1, *space)} "
-            f"or {(samples, *space)} (labels) for logits {tuple(logits.shape)} with at least one spatial dimension"
+            f"target: got shape {tuple(target.shape)}, expected {tuple(logits.shape)} (values), "
+            f"{(samples, 1, *space)} or {(samples, *space)} (labels) for logits {tuple(logits.shape)} "
+            "with at least one spatial dimension"
         )

@@ -135,9 +135,7 @@ def _pinned(package: str) -> str:
 
 
 def _missing(package: str, problem: str) -> ModuleNotFoundError:
-    return ModuleNotFoundError(
-        f"dicekernels.data: {problem}. Run: {_install_command()}", name=package
-    )
+    return ModuleNotFoundError(f"dicekernels.data: {problem}. Run: {_install_command()}", name=package)
 
 
 def _path(package: str, relative: str) -> Path:
@@ -147,9 +145,7 @@ def _path(package: str, relative: str) -> Path:
         raise _missing(package, f"package {package!r} is not installed") from None
     path = Path(str(installed.locate_file(relative)))
     if not path.is_file():
-        problem = (
-            f"{package} {installed.version} has no file {relative}, expected {_pinned(package)}"
-        )
+        problem = f"{package} {installed.version} has no file {relative}, expected {_pinned(package)}"
         raise _missing(package, problem)
     return path
 
@@ -190,9 +186,7 @@ def _normalise(image: Array) -> Array:
 def _check_sampling(stride: int, multiple: int) -> None:
     for argument, value in (("stride", stride), ("multiple", multiple)):
         if value < 1:
-            raise ValueError(
-                f"{argument}: got {value}, expected a whole number of voxels, at least 1"
-            )
+            raise ValueError(f"{argument}: got {value}, expected a whole number of voxels, at least 1")
 
 
 def _volume(

@@ -109,9 +109,7 @@ def use_backend(name: str) -> Iterator[None]:
 def refusals(logits: Tensor) -> dict[str, str]:
     """For every backend: "" if it takes these logits, else the reason why not."""
     facts = (logits.device.type, logits.dtype, logits.shape[1])
-    return {
-        name: _unavailable[name] or backend.can_run(*facts) for name, backend in BACKENDS.items()
-    }
+    return {name: _unavailable[name] or backend.can_run(*facts) for name, backend in BACKENDS.items()}
 
 
 def choose(logits: Tensor) -> Backend:

@@ -99,12 +99,8 @@ class Call:
         if reason:
             forced = dispatch.forced_backend()
             if forced not in (None, "eager"):
-                raise RuntimeError(
-                    f"backend {forced!r} was forced, but {reason}; detach it or force 'eager'"
-                )
-            loss = eager.loss(self.logits, self.target, self.mask, *weights, self.spec).to(
-                self.dtype
-            )
+                raise RuntimeError(f"backend {forced!r} was forced, but {reason}; detach it or force 'eager'")
+            loss = eager.loss(self.logits, self.target, self.mask, *weights, self.spec).to(self.dtype)
         else:
             namespace = dispatch.choose(self.logits).namespace
             loss, _ = FusedLoss.apply(  # type: ignore[no-untyped-call]
@@ -125,19 +121,16 @@ class Call:
         lines = [f"backend: {chosen}" + (f" ({reason})" if reason else "")]
         for name, refusal in refusals.items():
             if name != chosen:
-                forced = (
-                    f"{dispatch.forced_backend()!r} is forced"
-                    if dispatch.forced_backend()
-                    else "not the first choice"
-                )
-                lines.append(f"  not {name}: {refusal or (reason if reason else forced)}")
+                forced = dispatch.forced_backend()
+                other = "not the first choice" if forced is None else f"{forced!r} is forced"
+                lines.append(f"  not {name}: {refusal or reason or other}")
         lines.append(
             f"logits: {tuple(self.logits.shape)} {self.logits.dtype} on {self.logits.device}, "
             f"{logits_bytes / 1e6:.1f} MB; target: {tuple(self.target.shape)} {self.target.dtype}, "
             f"{'values' if self.spec.sums.dense else 'labels'}"
         )
         lines.append(
-            f"sums: {', '.join(rows)} in {chunk_count(voxels)} chunks a sample, {slots / 1e6:.3f} MB of slots; "
+            f"sums: {', '.join(rows)} in {chunk_count(voxels)} chunks a sample, {slots / 1e6:.3f} MB; "
             f"kept for backward: {samples * classes * len(rows) * 8 / 1e6:.3f} MB beside the inputs"
         )
         lines += [f"note: {note}" for note in self.notes]

@@ -1,4 +1,4 @@
-"""The formulas over sums, in PyTorch: what the eager backend runs and what ``csrc/common/finish.h`` is checked against.
+"""The formulas over sums, in PyTorch: the eager backend's, and the check of ``csrc/common/finish.h``.
 
 Differentiable with respect to the sums, the weights and the lambdas. Formulas: docs/semantics.md.
 """
@@ -56,9 +56,7 @@ def finish(
         float64 of shape ``spec.loss_shape(B, C)``.
     """
     row = {
-        bit: totals[..., row_index(rows, bit)]
-        for bit in (I, FP, FN, G, POS, NEG, LS, N, BAD)
-        if rows & bit
+        bit: totals[..., row_index(rows, bit)] for bit in (I, FP, FN, G, POS, NEG, LS, N, BAD) if rows & bit
     }
     loss = totals.new_zeros(())
     if spec.formula != Formula.NONE:
@@ -77,11 +75,9 @@ def finish(
             terms = terms * class_weight.to(terms)
         if region_lambda is not None:
             terms = terms * region_lambda.to(terms)
-        loss = {
-            Reduction.NONE: lambda: terms,
-            Reduction.MEAN: terms.mean,
-            Reduction.SUM: terms.sum,
-        }[spec.reduction]()
+        loss = terms
+        if spec.reduction != Reduction.NONE:
+            loss = terms.mean() if spec.reduction == Reduction.MEAN else terms.sum()
     if POS in row:
         voxel = finish_voxel(row, pos_weight, neg_weight, spec, batch_voxels)
         loss = loss + (voxel if voxel_lambda is None else voxel * voxel_lambda.to(voxel))
@@ -97,9 +93,7 @@ def finish_ratio(row: dict[int, Tensor], spec: FinishSpec) -> Tensor:
     errors = spec.alpha * row[FP] + spec.beta * row[FN]
     denominator = spec.kappa * row[I] + errors + spec.smooth_dr
     if spec.transform == Transform.LOG:
-        return -torch.log(
-            ((spec.kappa * row[I] + spec.smooth_nr) / denominator).clamp_min(LOWEST_SCORE)
-        )
+        return -torch.log(((spec.kappa * row[I] + spec.smooth_nr) / denominator).clamp_min(LOWEST_SCORE))
     # 1 - score without the cancellation of a nearly perfect prediction.
     miss = (errors + spec.smooth_dr - spec.smooth_nr) / denominator
     if spec.transform == Transform.POWER:
@@ -124,9 +118,7 @@ def gdl_class_weight(volume: Tensor, kind: GdlWeight) -> Tensor:
     single = volume.detach().float()
     infinite = torch.isinf(1 / (single * single if kind == GdlWeight.SQUARE else single))
     finite = torch.where(infinite, 1.0, volume)
-    weight = torch.where(
-        infinite, 0.0, 1 / (finite * finite if kind == GdlWeight.SQUARE else finite)
-    )
+    weight = torch.where(infinite, 0.0, 1 / (finite * finite if kind == GdlWeight.SQUARE else finite))
     if weight.shape[1] == 0:
         return weight
     return torch.where(infinite, weight.max(1, keepdim=True).values, weight)

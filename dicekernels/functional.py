@@ -22,28 +22,18 @@ from torch import Tensor
 
 from . import checks, reference
 from .evaluate import Call, record_dense
-from .prepare import Inputs, OtherAct, like_input, plain, prepare
+from .prepare import OtherAct, like_input, plain, prepare
 from .spec import (
-    BAD,
-    LS,
-    NEG,
-    OVERLAP_ROWS,
-    POS,
-    Activation,
     Denominator,
     FinishSpec,
     Formula,
-    G,
     GdlWeight,
     LossSpec,
-    N,
-    Overlap,
     Reduction,
-    SumsSpec,
     Transform,
-    VoxelTerm,
 )
 from .sums import RegionSums, region_sums
+from .terms import ce_term, ones_shape, overlap_call, overlap_of, reduction_of, terms_shape
 
 __all__ = [
     "RegionSums",
@@ -54,7 +44,6 @@ __all__ = [
     "tversky_loss",
 ]
 
-_REDUCTIONS = {"none": Reduction.NONE, "mean": Reduction.MEAN, "sum": Reduction.SUM}
 _GDL_WEIGHTS = {
     "square": GdlWeight.SQUARE,
     "simple": GdlWeight.SIMPLE,
@@ -137,12 +126,12 @@ def dice_loss(
         transform=Transform.LOG if log_loss else Transform.LINEAR,
         skipped=inputs.skipped,
         batch=batch,
-        reduction=_reduction(reduction),
+        reduction=reduction_of(reduction),
     )
-    call = _overlap_call(inputs, _overlap(inputs, squared_pred, soft_label), finish)
+    call = overlap_call(inputs, overlap_of(inputs, squared_pred, soft_label), finish)
     call.class_weight = checks.class_weight(checks.as_weight(weight), inputs.classes)
     if finish.reduction == Reduction.NONE:
-        call.shape = (*_terms_shape(inputs, batch), *_ones(inputs, batch))
+        call.shape = (*terms_shape(inputs, batch), *ones_shape(inputs))
     return like_input(call.run(), logits, target)
 
 
@@ -191,14 +180,12 @@ def generalized_dice_loss(
         gdl_weight=_GDL_WEIGHTS[checks.option("w_type", w_type, tuple(_GDL_WEIGHTS))],
         skipped=inputs.skipped,
         batch=batch,
-        reduction=_reduction(reduction),
+        reduction=reduction_of(reduction),
     )
-    call = _overlap_call(inputs, _overlap(inputs, False, soft_label), finish)
+    call = overlap_call(inputs, overlap_of(inputs, False, soft_label), finish)
     call.dtype = torch.promote_types(call.dtype, torch.float32)  # MONAI's weights are float32
     if finish.reduction == Reduction.NONE:
-        call.shape = (
-            (1, *_ones(inputs, batch)) if batch else (logits.shape[0], 1, *_ones(inputs, batch))
-        )
+        call.shape = (1, *ones_shape(inputs)) if batch else (logits.shape[0], 1, *ones_shape(inputs))
     return like_input(call.run(), logits, target)
 
 
@@ -243,9 +230,7 @@ def tversky_loss(
         ignore_index,
     )
     if gamma <= 0:
-        raise ValueError(
-            f"gamma: got {gamma}, expected a positive exponent (1 is the plain Tversky loss)"
-        )
+        raise ValueError(f"gamma: got {gamma}, expected a positive exponent (1 is the plain Tversky loss)")
     if inputs.dense and not soft_label and inputs.target.dtype == torch.bool:
         raise RuntimeError(
             "target: got torch.bool values, expected numbers for the Tversky loss; use target.float()"
@@ -261,11 +246,11 @@ def tversky_loss(
         exponent=float(gamma),
         skipped=inputs.skipped,
         batch=batch,
-        reduction=_reduction(reduction),
+        reduction=reduction_of(reduction),
     )
-    call = _overlap_call(inputs, _overlap(inputs, False, soft_label), finish)
+    call = overlap_call(inputs, overlap_of(inputs, False, soft_label), finish)
     if finish.reduction == Reduction.NONE:
-        call.shape = _terms_shape(inputs, batch)
+        call.shape = terms_shape(inputs, batch)
     return like_input(call.run(), logits, target)
 
 
@@ -325,9 +310,7 @@ def dice_ce_loss(
     voxel_weight = checks.ce_weight(checks.as_weight(weight), channels)
     if dice_weight is None and voxel_weight is not None:
         dice_weight = voxel_weight[inputs.skipped :] if voxel_weight.ndim else voxel_weight
-    term = _ce_term(
-        inputs, reduction, voxel_weight is not None, label_smoothing, ce_include_background
-    )
+    term = ce_term(inputs, reduction, voxel_weight is not None, label_smoothing, ce_include_background)
     finish = dataclasses.replace(
         term.finish,
         formula=Formula.RATIO,
@@ -338,7 +321,7 @@ def dice_ce_loss(
         skipped=inputs.skipped,
         batch=batch,
     )
-    call = _overlap_call(inputs, _overlap(inputs, squared_pred, soft_label), finish)
+    call = overlap_call(inputs, overlap_of(inputs, squared_pred, soft_label), finish)
     call.class_weight = checks.class_weight(checks.as_weight(dice_weight), inputs.classes)
     call.region_lambda = checks.factor("lambda_dice", lambda_dice, logits)
     voxel_lambda = checks.factor("lambda_ce", lambda_ce, logits)
@@ -360,83 +343,3 @@ def dice_ce_loss(
         dataclasses.replace(finish, label_smoothing=0.0, denominator=Denominator.ONE),
     )
     return like_input(call.run() + voxel.run(), logits, target)
-
-
-def _reduction(value: str) -> Reduction:
-    return _REDUCTIONS[checks.option("reduction", value, ("mean", "sum", "none"))]
-
-
-def _overlap(inputs: Inputs, squared_pred: bool, soft_label: bool) -> Overlap:
-    """squared_pred wins over soft_label, and both want floating values (MONAI's vector norms)."""
-    if not (squared_pred or soft_label):
-        return Overlap.PRODUCT
-    if inputs.dense and not inputs.target.is_floating_point():
-        raise RuntimeError(
-            f"target: got {inputs.target.dtype} values, expected a floating dtype for squared_pred or soft_label; "
-            "use target.float()"
-        )
-    return Overlap.SQUARED if squared_pred else Overlap.MIN
-
-
-def _overlap_call(inputs: Inputs, overlap: Overlap, finish: FinishSpec) -> Call:
-    rows = OVERLAP_ROWS | (0 if inputs.dense else BAD)
-    if finish.formula == Formula.GENERALIZED or finish.denominator == Denominator.WEIGHTS:
-        rows |= G
-    sums = SumsSpec(
-        dense=inputs.dense,
-        activation=inputs.activation,
-        rows=rows | (LS if finish.label_smoothing else 0),
-        overlap=overlap,
-        ignore_index=inputs.ignore_index,
-        product_mask=inputs.product_mask,
-    )
-    return Call(
-        inputs.logits,
-        inputs.target,
-        inputs.mask,
-        LossSpec(sums, finish),
-        inputs.dtype,
-        notes=inputs.notes,
-    )
-
-
-def _ce_term(
-    inputs: Inputs, reduction: str, weighted: bool, smoothing: float, include_background: bool
-) -> LossSpec:
-    """MONAI's cross entropy half alone: index mode, probability mode, or BCE for one channel."""
-    checks.label_smoothing(smoothing)
-    channels = inputs.raw_logits.shape[1]
-    binary = channels == 1
-    smoothing = 0.0 if binary else float(smoothing)
-    skipped = 0 if include_background or binary else 1
-    rows = (
-        POS | N | (LS if smoothing else 0) | (0 if inputs.dense else BAD) | (NEG if binary else 0)
-    )
-    denominator = Denominator.VOXELS if reduction == "mean" else Denominator.ONE
-    if reduction == "mean" and not inputs.dense and (weighted or skipped):
-        denominator, rows = Denominator.WEIGHTS, rows | G
-    sums = SumsSpec(
-        dense=inputs.dense,
-        activation=Activation.NONE,
-        rows=rows,
-        voxel_term=VoxelTerm.BCE if binary else VoxelTerm.CE,
-        ignore_index=inputs.ignore_index,
-        product_mask=inputs.product_mask,
-    )
-    finish = FinishSpec(
-        Formula.NONE,
-        reduction=_reduction(reduction),
-        label_smoothing=smoothing,
-        denominator=denominator,
-        voxel_skipped=skipped,
-    )
-    return LossSpec(sums, finish)
-
-
-def _terms_shape(inputs: Inputs, batch: bool) -> tuple[int, ...]:
-    return (inputs.classes,) if batch else (inputs.logits.shape[0], inputs.classes)
-
-
-def _ones(inputs: Inputs, batch: bool) -> tuple[int, ...]:
-    """MONAI views its terms as (the first two sizes, 1, ..) in as many dimensions as it has."""
-    return (1,) * (inputs.logits.ndim - 2)

@@ -28,9 +28,7 @@ def _moving_factor(name: str) -> property:
         checks.non_negative(name, float(value))
         self.get_buffer(f"_{name}").fill_(value)
 
-    return property(
-        read, write, doc=f"Factor of its term; at least 0. Kept in the buffer ``_{name}``."
-    )
+    return property(read, write, doc=f"Factor of its term; at least 0. Kept in the buffer ``_{name}``.")
 
 
 class _OverlapLoss(_Loss):
@@ -281,7 +279,7 @@ class DiceCELoss(_Loss):
         ce_include_background: bool = True,
     ) -> None:
         reduction = checks.option("reduction", reduction, ("mean", "sum"))
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         ce_weight = checks.as_weight(weight)
         dice_weight = ce_weight
         if ce_weight is not None and ce_weight.ndim and not include_background:
@@ -309,9 +307,7 @@ class DiceCELoss(_Loss):
         self.ce_include_background = ce_include_background
         for name, value in (("lambda_dice", lambda_dice), ("lambda_ce", lambda_ce)):
             checks.non_negative(name, value)
-            self.register_buffer(
-                f"_{name}", torch.tensor(value, dtype=torch.float64), persistent=False
-            )
+            self.register_buffer(f"_{name}", torch.tensor(value, dtype=torch.float64), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DiceCELoss:
         """As in Module, but ``half()`` and its kin leave the factors in float64."""

@@ -1,7 +1,8 @@
-"""The three ops and their autograd: ``sums``, ``finish``, ``sums_backward`` of the namespaces in :data:`NAMESPACES`.
+"""The ops ``sums``, ``finish`` and ``sums_backward`` of each namespace in NAMESPACES, and their autograd.
 
 Shapes: logits (B, C, *S) floating; target labels (B, 1, *S) or (B, *S), or values (B, C, *S); mask (B, 1, *S)
-voxel weights; sums (B, K, C, R) float64, K = chunk_count(V), R = rows that are on; coef (B, C, R) = dLoss/dsums;
+voxel weights; sums (B, K, C, R) float64, K = chunk_count(V), R = rows that are on; coef (B, C, R)
+float64 = dLoss/dsums;
 loss () or (groups, outputs) float64; gradient as the logits in shape, dtype and strides.
 
 Every namespace has the same schemas: ``dicekernels`` is filled by the binary (CPU), ``dicekernels_eager`` by
@@ -10,6 +11,7 @@ PyTorch code. They are opaque to torch.compile and have fakes; autograd is in th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -86,18 +88,24 @@ def _sums_spec(args: tuple[Any, ...]) -> SumsSpec:
 
 def _finish_spec(args: tuple[Any, ...]) -> FinishSpec:
     """From the arguments of the op between ``formula`` and ``voxel_skipped``."""
+    formula, kappa, alpha, beta, smooth_nr, smooth_dr, transform, exponent, gdl_weight = args[:9]
+    skipped, batch, reduction, label_smoothing, denominator, voxel_skipped = args[9:15]
     return FinishSpec(
-        Formula(args[0]),
-        *args[1:6],
-        Transform(args[6]),
-        args[7],
-        GdlWeight(args[8]),
-        args[9],
-        args[10],
-        Reduction(args[11]),
-        args[12],
-        Denominator(args[13]),
-        args[14],
+        Formula(formula),
+        kappa=kappa,
+        alpha=alpha,
+        beta=beta,
+        smooth_nr=smooth_nr,
+        smooth_dr=smooth_dr,
+        transform=Transform(transform),
+        exponent=exponent,
+        gdl_weight=GdlWeight(gdl_weight),
+        skipped=skipped,
+        batch=batch,
+        reduction=Reduction(reduction),
+        label_smoothing=label_smoothing,
+        denominator=Denominator(denominator),
+        voxel_skipped=voxel_skipped,
     )
 
 
@@ -149,9 +157,7 @@ def _fake_sums(logits: Tensor, target: Tensor, mask: Tensor | None, *args: Any) 
         voxels = voxels * size
     samples, classes = logits.shape[:2]
     rows: int = args[4]
-    return logits.new_empty(
-        (samples, chunk_count(voxels), classes, rows.bit_count()), dtype=torch.float64
-    )
+    return logits.new_empty((samples, chunk_count(voxels), classes, rows.bit_count()), dtype=torch.float64)
 
 
 def _fake_finish(
@@ -181,8 +187,16 @@ def _fake_sums_backward(
 
 
 def _register() -> None:
-    fakes = {"sums": _fake_sums, "finish": _fake_finish, "sums_backward": _fake_sums_backward}
-    bodies = {"sums": _eager_sums, "finish": _eager_finish, "sums_backward": _eager_sums_backward}
+    fakes: dict[str, Callable[..., Any]] = {
+        "sums": _fake_sums,
+        "finish": _fake_finish,
+        "sums_backward": _fake_sums_backward,
+    }
+    bodies: dict[str, Callable[..., Any]] = {
+        "sums": _eager_sums,
+        "finish": _eager_finish,
+        "sums_backward": _eager_sums_backward,
+    }
     for namespace, library in _libraries.items():
         for name, schema in SCHEMAS.items():
             library.define(schema)
@@ -195,9 +209,7 @@ def _register() -> None:
 _register()
 
 
-def call_sums(
-    namespace: str, logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec
-) -> Tensor:
+def call_sums(namespace: str, logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec) -> Tensor:
     """The op ``sums``; a label out of range raises LabelRangeError."""
     op = getattr(torch.ops, namespace).sums
     if torch.compiler.is_compiling():
@@ -286,7 +298,18 @@ class FusedLoss(torch.autograd.Function):
             return (None,) * 11
         if _wants_graph():
             with torch.enable_grad():
-                again = eager.loss(logits, target, mask, *weights, ctx.spec).to(ctx.dtype)
+                class_weight, pos_weight, neg_weight, region_lambda, voxel_lambda = weights
+                again = eager.loss(
+                    logits,
+                    target,
+                    mask,
+                    class_weight,
+                    pos_weight,
+                    neg_weight,
+                    region_lambda,
+                    voxel_lambda,
+                    ctx.spec,
+                ).to(ctx.dtype)
                 (gradient,) = torch.autograd.grad(again, logits, grad_loss, create_graph=True)
         else:
             op = getattr(torch.ops, ctx.namespace).sums_backward

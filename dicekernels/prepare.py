@@ -57,7 +57,7 @@ def like_input(loss: Tensor, *inputs: Tensor | None) -> Tensor:
     """The loss as MetaTensor if an input was one, as MONAI returns it."""
     for tensor in inputs:
         if type(tensor).__name__ == "MetaTensor":
-            return type(tensor)(loss)  # type: ignore[no-any-return,misc]
+            return type(tensor)(loss)  # type: ignore[misc]
     return loss
 
 
@@ -156,9 +156,7 @@ def _check_target(logits: Tensor, target: Tensor, dense: bool) -> None:
     if dense:
         if shape != expected:
             hint = (
-                "; pass to_onehot_y=True for a label map"
-                if shape == (expected[0], 1, *expected[2:])
-                else ""
+                "; pass to_onehot_y=True for a label map" if shape == (expected[0], 1, *expected[2:]) else ""
             )
             raise AssertionError(
                 f"ground truth has different shape ({target.shape}) from input ({logits.shape}){hint}"
@@ -172,9 +170,7 @@ def _check_target(logits: Tensor, target: Tensor, dense: bool) -> None:
             f"{(expected[0], 1, *expected[2:])}; a one-hot target goes with to_onehot_y=False"
         )
     if (shape[0], *shape[2:]) != (expected[0], *expected[2:]):
-        raise AssertionError(
-            f"ground truth has different shape ({target.shape}) from input ({logits.shape})"
-        )
+        raise AssertionError(f"ground truth has different shape ({target.shape}) from input ({logits.shape})")
 
 
 def _dense_ignore_mask(target: Tensor, ignore_index: int) -> Tensor:

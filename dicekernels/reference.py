@@ -168,9 +168,7 @@ def dense_target(logits: Tensor, target: Tensor, to_onehot_y: bool) -> Tensor:
     if to_onehot_y and logits.shape[1] != 1:
         target = F.one_hot(target[:, 0].long(), logits.shape[1]).movedim(-1, 1)
     if target.shape != logits.shape:
-        raise ValueError(
-            f"target: got dense shape {tuple(target.shape)}, expected {tuple(logits.shape)}"
-        )
+        raise ValueError(f"target: got dense shape {tuple(target.shape)}, expected {tuple(logits.shape)}")
     return target.to(logits.dtype)
 
 

@@ -94,9 +94,7 @@ def region_sums(
     logits, target = plain(logits), plain(target)
     dense = target.shape == logits.shape
     if dense and ignore_index is not None:
-        raise ValueError(
-            "ignore_index: got it with a target of values, expected a label map; pass mask="
-        )
+        raise ValueError("ignore_index: got it with a target of values, expected a label map; pass mask=")
     if mask is not None:
         mask = plain(mask).expand(logits.shape[0], *mask.shape[1:])
     term = _VOXEL_TERMS[voxel_term]
@@ -122,9 +120,7 @@ def region_sums(
     if others and torch.is_grad_enabled():
         totals = eager.sums(logits, target, mask, spec).sum(1)
     else:
-        totals = _RegionSumsFunction.apply(
-            logits, target, mask, spec, dispatch.choose(logits).namespace
-        )  # type: ignore[no-untyped-call]
+        totals = _RegionSumsFunction.apply(logits, target, mask, spec, dispatch.choose(logits).namespace)  # type: ignore[no-untyped-call]
     named = dict(zip(row_names(rows), totals.unbind(-1), strict=True))
     named.pop("BAD", None)
     return RegionSums(**named)

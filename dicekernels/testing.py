@@ -27,9 +27,7 @@ def error_bound(truth: Tensor, honest: Tensor, dtype: torch.dtype) -> float:
     return 2 * _largest((honest - truth)[both]) + 8 * torch.finfo(dtype).eps * scale
 
 
-def assert_close_to_truth(
-    ours: Tensor, truth: Tensor, honest: Tensor, dtype: torch.dtype, name: str
-) -> None:
+def assert_close_to_truth(ours: Tensor, truth: Tensor, honest: Tensor, dtype: torch.dtype, name: str) -> None:
     """Every element of ours lies within ``error_bound`` of truth.
 
     NaN must stand exactly where truth has NaN, infinities where truth has them, with its sign.
@@ -58,9 +56,7 @@ def assert_close_to_truth(
         )
 
 
-def assert_gradient_close(
-    ours: Tensor, truth: Tensor, honest: Tensor, dtype: torch.dtype, name: str
-) -> None:
+def assert_gradient_close(ours: Tensor, truth: Tensor, honest: Tensor, dtype: torch.dtype, name: str) -> None:
     """``assert_close_to_truth``, and the whole vector in length and direction.
 
     With rel(x) = ||x - truth|| / ||truth|| (2-norm over all finite elements):
@@ -90,8 +86,7 @@ def assert_gradient_close(
     gap = 0.5 * (ours / max(ours.norm().item(), 1e-300) - truth / size).square().sum().item()
     if gap > min(allowed**2, 0.5):
         raise AssertionError(
-            f"{name} [{dtype}]: direction off, 1 - cosine = {gap:.6e} "
-            f"exceeds {min(allowed**2, 0.5):.6e}"
+            f"{name} [{dtype}]: direction off, 1 - cosine = {gap:.6e} exceeds {min(allowed**2, 0.5):.6e}"
         )
 
 

@@ -59,11 +59,7 @@ class Piece:
         self.spec = spec
         self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         z = logits.flatten(2)[:, :, window].to(self.dtype)
-        m = (
-            torch.ones_like(z[:, :1])
-            if mask is None
-            else mask.flatten(2)[:, :, window].to(self.dtype)
-        )
+        m = torch.ones_like(z[:, :1]) if mask is None else mask.flatten(2)[:, :, window].to(self.dtype)
         self.bad = torch.zeros((), dtype=torch.float64, device=z.device)
         if spec.dense:
             g = target.flatten(2)[:, :, window].to(self.dtype)
@@ -232,9 +228,7 @@ def finish_with_coef(
             batch_voxels,
         )
         coef = (
-            torch.autograd.grad(value.sum(), totals)[0]
-            if value.requires_grad
-            else torch.zeros_like(totals)
+            torch.autograd.grad(value.sum(), totals)[0] if value.requires_grad else torch.zeros_like(totals)
         )
     return value.detach(), coef
 
@@ -252,8 +246,8 @@ def check_labels(slots: Tensor, target: Tensor, classes: int, spec: SumsSpec) ->
     voxels = max(1, labels.numel() // max(1, slots.shape[0]))
     raise LabelRangeError(
         f"target: {count} of {labels.numel()} voxels hold a label outside [0, {classes}), the first is "
-        f"{int(labels[at])} (sample {at // voxels}, voxel {at % voxels}). Expected labels 0 to {classes - 1} for "
-        f"logits with {classes} channels: remap the labels, give the network more channels, or pass "
+        f"{int(labels[at])} (sample {at // voxels}, voxel {at % voxels}). Expected labels 0 to {classes - 1} "
+        f"for logits with {classes} channels: remap the labels, give the network more channels, or pass "
         f"ignore_index={int(labels[at])} to leave these voxels out"
     )
 

@@ -1,0 +1,105 @@
+"""From prepared inputs to the spec of a term: which rows it sums, which formula it takes, its shape."""
+
+from __future__ import annotations
+
+from . import checks
+from .evaluate import Call
+from .prepare import Inputs
+from .spec import (
+    BAD,
+    LS,
+    NEG,
+    OVERLAP_ROWS,
+    POS,
+    Activation,
+    Denominator,
+    FinishSpec,
+    Formula,
+    G,
+    LossSpec,
+    N,
+    Overlap,
+    Reduction,
+    SumsSpec,
+    VoxelTerm,
+)
+
+_REDUCTIONS = {"none": Reduction.NONE, "mean": Reduction.MEAN, "sum": Reduction.SUM}
+
+
+def reduction_of(value: str) -> Reduction:
+    return _REDUCTIONS[checks.option("reduction", value, ("mean", "sum", "none"))]
+
+
+def overlap_of(inputs: Inputs, squared_pred: bool, soft_label: bool) -> Overlap:
+    """squared_pred wins over soft_label, and both want floating values (MONAI's vector norms)."""
+    if not (squared_pred or soft_label):
+        return Overlap.PRODUCT
+    if inputs.dense and not inputs.target.is_floating_point():
+        raise RuntimeError(
+            f"target: got {inputs.target.dtype} values, expected a floating dtype for squared_pred or "
+            "soft_label; use target.float()"
+        )
+    return Overlap.SQUARED if squared_pred else Overlap.MIN
+
+
+def overlap_call(inputs: Inputs, overlap: Overlap, finish: FinishSpec) -> Call:
+    rows = OVERLAP_ROWS | (0 if inputs.dense else BAD)
+    if finish.formula == Formula.GENERALIZED or finish.denominator == Denominator.WEIGHTS:
+        rows |= G
+    sums = SumsSpec(
+        dense=inputs.dense,
+        activation=inputs.activation,
+        rows=rows | (LS if finish.label_smoothing else 0),
+        overlap=overlap,
+        ignore_index=inputs.ignore_index,
+        product_mask=inputs.product_mask,
+    )
+    return Call(
+        inputs.logits,
+        inputs.target,
+        inputs.mask,
+        LossSpec(sums, finish),
+        inputs.dtype,
+        notes=inputs.notes,
+    )
+
+
+def ce_term(
+    inputs: Inputs, reduction: str, weighted: bool, smoothing: float, include_background: bool
+) -> LossSpec:
+    """MONAI's cross entropy half alone: index mode, probability mode, or BCE for one channel."""
+    checks.label_smoothing(smoothing)
+    channels = inputs.raw_logits.shape[1]
+    binary = channels == 1
+    smoothing = 0.0 if binary else float(smoothing)
+    skipped = 0 if include_background or binary else 1
+    rows = POS | N | (LS if smoothing else 0) | (0 if inputs.dense else BAD) | (NEG if binary else 0)
+    denominator = Denominator.VOXELS if reduction == "mean" else Denominator.ONE
+    if reduction == "mean" and not inputs.dense and (weighted or skipped):
+        denominator, rows = Denominator.WEIGHTS, rows | G
+    sums = SumsSpec(
+        dense=inputs.dense,
+        activation=Activation.NONE,
+        rows=rows,
+        voxel_term=VoxelTerm.BCE if binary else VoxelTerm.CE,
+        ignore_index=inputs.ignore_index,
+        product_mask=inputs.product_mask,
+    )
+    finish = FinishSpec(
+        Formula.NONE,
+        reduction=reduction_of(reduction),
+        label_smoothing=smoothing,
+        denominator=denominator,
+        voxel_skipped=skipped,
+    )
+    return LossSpec(sums, finish)
+
+
+def terms_shape(inputs: Inputs, batch: bool) -> tuple[int, ...]:
+    return (inputs.classes,) if batch else (inputs.logits.shape[0], inputs.classes)
+
+
+def ones_shape(inputs: Inputs) -> tuple[int, ...]:
+    """MONAI views its terms as (the first two sizes, 1, ..) in as many dimensions as it has."""
+    return (1,) * (inputs.logits.ndim - 2)
