@@ -3,9 +3,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
+#include <type_traits>
 
 #include "simd.h"
 
@@ -163,12 +161,15 @@ inline int64_t read_labels(const Problem& problem, int64_t sample, int64_t first
             ignore = static_cast<W>(problem.ignore_index);
     const bool ignores = problem.has_ignore && ignore == problem.ignore_index;
     const int64_t stride = view.voxel;
-    for (int64_t i = 0; i < n; ++i) {
-      const W label = static_cast<W>(widen(source[i * stride]));
-      const bool valid = label >= 0 && label < classes && !(ignores && label == ignore);
-      labels[i] = static_cast<T>(valid ? label : W{-1});
-      invalid += !valid;
-    }
+    const auto read = [&](auto unit) {
+      for (int64_t i = 0; i < n; ++i) {
+        const W label = static_cast<W>(widen(source[unit() ? i : i * stride]));
+        const bool valid = (label >= 0) & (label < classes) & !(ignores & (label == ignore));
+        labels[i] = static_cast<T>(valid ? label : W{-1});
+        invalid += !valid;
+      }
+    };
+    stride == 1 ? read(std::true_type{}) : read(std::false_type{});
     if (invalid == 0) return;
     for (int64_t i = 0; i < n; ++i) {
       const W label = static_cast<W>(widen(source[i * stride]));

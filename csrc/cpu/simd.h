@@ -6,6 +6,10 @@
 #include <cstring>
 #include <limits>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "../common/problem.h"
 
 #if defined(__AVX512F__)
@@ -58,6 +62,39 @@ DK_INLINE V select(M mask, V a, V b) {
   return mask ? a : b;
 }
 
+#if defined(__AVX512F__)
+
+// 2^(x log2 e) for x <= 88: the nearest integer out, a polynomial of degree 5 (minimax on [-1/2,
+// 1/2], relative error 9.2e-8), the integer back in. Below 2^-149 the result is 0; NaN stays NaN.
+DK_INLINE FloatVector exp(FloatVector x) {
+  const __m512 log2e = _mm512_set1_ps(1.44269504088896341f);
+  // The operand that may be NaN stands second: maxps returns it.
+  const __m512 clamped = _mm512_max_ps(_mm512_set1_ps(-110.0f), reinterpret_cast<__m512>(x));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(clamped, log2e),
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_fmsub_ps(clamped, log2e, n);
+  __m512 y = _mm512_set1_ps(1.32647271e-3f);
+  for (const float coefficient :
+       {9.67151286e-3f, 5.55073375e-2f, 2.40222421e-1f, 6.93146978e-1f, 1.0f})
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(coefficient));
+  return reinterpret_cast<FloatVector>(_mm512_scalef_ps(y, n));
+}
+
+// Significand and exponent by instruction, then as below; right for denormals, too.
+DK_INLINE void split(FloatVector x, FloatVector* m, FloatVector* e) {
+  const __m512 v = reinterpret_cast<__m512>(x);
+  *m = reinterpret_cast<FloatVector>(_mm512_getmant_ps(v, _MM_MANT_NORM_p5_1, _MM_MANT_SIGN_src));
+  *e = reinterpret_cast<FloatVector>(_mm512_getexp_ps(v)) + 1.0f;
+}
+
+// 1/x of normal numbers: 14 bits by table, squared twice by Newton's step.
+DK_INLINE FloatVector reciprocal(FloatVector x) {
+  const FloatVector r = reinterpret_cast<FloatVector>(_mm512_rcp14_ps(reinterpret_cast<__m512>(x)));
+  return r + r * (1.0f - x * r);
+}
+
+#else
+
 // exp for x <= 88: nearest multiple of ln 2 out, a polynomial of degree 6 (Cephes expf), the
 // exponent back in by multiplication, so that NaN stays NaN. Below 2^-126 the result is 0.
 DK_INLINE FloatVector exp(FloatVector x) {
@@ -82,16 +119,26 @@ DK_INLINE FloatVector exp(FloatVector x) {
   return select(x < lowest, splat(0.0f), y * scale);
 }
 
-// log of normal numbers (Cephes logf); 0 gives -inf, NaN and +inf give themselves.
-DK_INLINE FloatVector log(FloatVector x) {
+DK_INLINE void split(FloatVector x, FloatVector* m, FloatVector* e) {
   IntVector bits;
   std::memcpy(&bits, &x, sizeof bits);
-  IntVector exponent = (bits >> 23) - 126;
+  const IntVector exponent = (bits >> 23) - 126;
   bits = (bits & 0x007fffff) | 0x3f000000;
-  FloatVector m;
-  std::memcpy(&m, &bits, sizeof m);
+  std::memcpy(m, &bits, sizeof bits);
+  *e = __builtin_convertvector(exponent, FloatVector);
+}
+
+DK_INLINE FloatVector reciprocal(FloatVector x) {
+  return 1.0f / x;
+}
+
+#endif
+
+// log of normal numbers (Cephes logf); 0 gives -inf, NaN and +inf give themselves.
+DK_INLINE FloatVector log(FloatVector x) {
+  FloatVector m, e;
+  split(x, &m, &e);
   const auto low = m < 0.707106781186547524f;
-  FloatVector e = __builtin_convertvector(exponent, FloatVector);
   e = select(low, e - 1.0f, e);
   m = select(low, m + m, m) - 1.0f;
   FloatVector y = m * 7.0376836292e-2f - 1.1514610310e-1f;
@@ -114,6 +161,9 @@ template <double (*F)(double)>
 DK_INLINE DoubleVector map(DoubleVector x) {
   for (int64_t i = 0; i < kLanes<double>; ++i) x[i] = F(x[i]);
   return x;
+}
+DK_INLINE DoubleVector reciprocal(DoubleVector x) {
+  return 1.0 / x;
 }
 DK_INLINE DoubleVector exp(DoubleVector x) {
   return map<std::exp>(x);

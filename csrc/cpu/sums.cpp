@@ -36,33 +36,42 @@ struct Sum {
   DK_INLINE void add(Vec<T> x) { value = value + x; }
 };
 
-template <Overlap O, bool Dense, bool Masked, class T>
+// The rows I, FP, FN and G of one class, and with Ce the row POS of the cross entropy, which shares
+// its comparisons. The probability is p_row * scale_row.
+template <Overlap O, bool Dense, bool Masked, bool Ce, class T>
 void overlap_rows(const Tile<T>& tile, const Accumulators<T>& sums, int64_t c, const T* p_row,
-                  const T* g_row) {
-  Sum<T> i(sums.at(c, kI)), fp(sums.at(c, kFP)), fn(sums.at(c, kFN)), count(sums.at(c, kG));
+                  const T* scale_row, const T* g_row) {
+  Sum<T> i(sums.at(c, kI)), fp(sums.at(c, kFP)), fn(sums.at(c, kFN)), count(sums.at(c, kG)),
+      pos(sums.at(c, kPos));
   const bool product_mask = Masked && tile.problem.product_mask;
-  const Vec<T> zero = splat(T{0});
+  const T* z_row = tile.z + c * tile.z_stride;
+  const Vec<T> zero = splat(T{0}), one = splat(T{1}), label = splat(static_cast<T>(c));
   for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
-    Vec<T> p = load<T>(p_row + v);
+    Vec<T> p = load<T>(p_row + v) * load<T>(scale_row + v);
     if constexpr (O == Overlap::product && !Dense && !Masked) {
-      const auto hit = load<T>(g_row + v) == splat(static_cast<T>(c));
+      const auto hit = load<T>(g_row + v) == label;
       i.add(hit ? p : zero);
       fp.add(hit ? zero : p);
-      fn.add(hit ? 1 - p : zero);
-      count.add(hit ? zero + 1 : zero);
+      fn.add(hit ? one - p : zero);
+      count.add(hit ? one : zero);
+      if constexpr (Ce) pos.add(hit ? load<T>(tile.lse + v) - load<T>(z_row + v) : zero);
     } else {
-      Vec<T> g = tile.template target<Dense>(g_row, static_cast<T>(c), v), weight = zero + 1;
-      if constexpr (Masked) {
-        const Vec<T> m = load<T>(tile.m + v);
-        count.add(m * g);
-        if (product_mask) {
-          p = p * m;
-          g = g * m;
-        } else {
-          weight = m;
-        }
+      Vec<T> g = tile.template target<Dense>(g_row, static_cast<T>(c), v), weight = one;
+      const Vec<T> m = Masked ? load<T>(tile.m + v) : one;
+      count.add(m * g);
+      if constexpr (Ce) {
+        const Vec<T> nll = m * (load<T>(tile.lse + v) - load<T>(z_row + v));
+        // Selected, not multiplied: -log p of an impossible class is infinite.
+        if constexpr (Dense)
+          pos.add(g * nll);
+        else
+          pos.add(g != zero ? nll : zero);
+      }
+      if (product_mask) {
+        p = p * m;
+        g = g * m;
       } else {
-        count.add(g);
+        weight = m;
       }
       const OverlapTerms<Vec<T>> terms = overlap_terms<O>(p, g);
       i.add(weight * terms.tp);
@@ -76,7 +85,7 @@ template <bool Dense, bool Masked, class T>
 void voxel_rows(const Tile<T>& tile, const Accumulators<T>& sums, int64_t c, const T* g_row) {
   const Problem& problem = tile.problem;
   Sum<T> pos(sums.at(c, kPos));
-  const T* z_row = tile.z + c * tile.capacity;
+  const T* z_row = tile.z + c * tile.z_stride;
   const T gamma = static_cast<T>(problem.focal_gamma);
   const auto weighted = [&](int64_t v, Vec<T> x) { return Masked ? load<T>(tile.m + v) * x : x; };
   const auto g_at = [&](int64_t v) {
@@ -84,15 +93,8 @@ void voxel_rows(const Tile<T>& tile, const Accumulators<T>& sums, int64_t c, con
   };
   if (problem.voxel_term == VoxelTerm::ce) {
     Sum<T> ls(sums.at(c, kLs));
-    const bool smoothing = has_row(problem.rows, kLs);
-    for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
-      const Vec<T> nll = weighted(v, load<T>(tile.lse + v) - load<T>(z_row + v));
-      if constexpr (Dense)
-        pos.add(g_at(v) * nll);
-      else
-        pos.add(load<T>(g_row + v) == splat(static_cast<T>(c)) ? nll : splat(T{0}));
-      if (smoothing) ls.add(nll);
-    }
+    for (int64_t v = 0; v < tile.padded; v += kLanes<T>)
+      ls.add(weighted(v, load<T>(tile.lse + v) - load<T>(z_row + v)));
   } else if (problem.voxel_term == VoxelTerm::bce) {
     Sum<T> neg(sums.at(c, kNeg));
     for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
@@ -117,30 +119,33 @@ void voxel_rows(const Tile<T>& tile, const Accumulators<T>& sums, int64_t c, con
   }
 }
 
-// The probabilities of class c under the activation of the overlap rows.
-template <class T>
-const T* probability_row(const Tile<T>& tile, int64_t c) {
-  const T* z_row = tile.z + c * tile.capacity;
-  if (tile.problem.activation == Activation::softmax) return tile.p + c * tile.capacity;
-  if (tile.problem.activation == Activation::none) return z_row;
+// Runs f(p_row, scale_row) with the probabilities of class c under the activation of the overlap.
+template <class T, class F>
+void with_probabilities(const Tile<T>& tile, int64_t c, F f) {
+  const T* z_row = tile.z + c * tile.z_stride;
+  if (tile.problem.activation == Activation::softmax)
+    return f(tile.e + c * tile.capacity, tile.scale);
+  if (tile.problem.activation == Activation::none) return f(z_row, tile.ones);
   for (int64_t v = 0; v < tile.padded; v += kLanes<T>)
     store<T>(tile.row + v, sigmoid<false>(load<T>(z_row + v)).p);
-  return tile.row;
+  f(tile.row, tile.ones);
 }
 
 template <class T>
 void sums_tile(Tile<T>& tile, const Accumulators<T>& sums) {
   const Problem& problem = tile.problem;
-  const bool overlap = problem.rows & ((1 << kI) | (1 << kFP) | (1 << kFN) | (1 << kG));
-  with_flags(problem.dense, tile.masked, [&](auto dense, auto masked) {
+  const bool ce = problem.voxel_term == VoxelTerm::ce;
+  const bool separate =
+      problem.voxel_term != VoxelTerm::none && (!ce || has_row(problem.rows, kLs));
+  with_flags(problem.dense, tile.masked, ce, [&](auto dense, auto masked, auto with_ce) {
     for (int64_t c = 0; c < problem.classes; ++c) {
       const T* g_row = tile.target_row(c);
-      if (overlap)
-        with_overlap(problem.overlap, [&](auto o) {
-          overlap_rows<o(), dense(), masked()>(tile, sums, c, probability_row(tile, c), g_row);
+      with_overlap(problem.overlap, [&](auto o) {
+        with_probabilities(tile, c, [&](const T* p_row, const T* scale_row) {
+          overlap_rows<o(), dense(), masked(), with_ce()>(tile, sums, c, p_row, scale_row, g_row);
         });
-      if (problem.voxel_term != VoxelTerm::none)
-        voxel_rows<dense(), masked()>(tile, sums, c, g_row);
+      });
+      if (separate) voxel_rows<dense(), masked()>(tile, sums, c, g_row);
     }
   });
 }

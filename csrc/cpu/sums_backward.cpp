@@ -21,6 +21,19 @@ Slopes<T> slopes_of(const Problem& problem, const double* coef, int64_t c) {
   return {at(kI), at(kFP), at(kFN), at(kPos), at(kNeg), at(kLs)};
 }
 
+bool has_overlap(const Problem& problem) {
+  return problem.rows & ((1 << kI) | (1 << kFP) | (1 << kFN));
+}
+
+// a * g of class c.
+template <bool Dense, class T>
+DK_INLINE Vec<T> weighted_target(T a, int64_t c, const T* g_row, int64_t v) {
+  if constexpr (Dense)
+    return a * load<T>(g_row + v);
+  else
+    return load<T>(g_row + v) == splat(static_cast<T>(c)) ? splat(a) : splat(T{0});
+}
+
 // d(overlap rows)/dp of class c, without the voxel weight.
 template <Overlap O, bool Dense, bool Masked, class T>
 DK_INLINE Vec<T> overlap_slope_at(const Tile<T>& tile, const Slopes<T>& a, T c, Vec<T> p,
@@ -40,76 +53,90 @@ DK_INLINE Vec<T> overlap_slope_at(const Tile<T>& tile, const Slopes<T>& a, T c, 
   }
 }
 
-// The sums over classes that the softmax's Jacobian needs, each without the voxel weight:
-// dot = sum_c p_c dL/dp_c, pull = sum_c a_pos g_c + a_ls (CE), or sum_c of p dF/dp (softmax focal).
-template <Overlap O, bool Dense, bool Masked, class T>
-void class_sums(Tile<T>& tile, const double* coef, bool overlap) {
+// What the softmax's Jacobian takes off every class, without the voxel weight: `shift` =
+// sum_c p_c dL/dp_c of the overlap (if it has a softmax) minus sum_c (a_pos g_c + a_ls) of the CE.
+template <Overlap O, bool Dense, bool Masked, bool Ce, class T>
+void load_shift(Tile<T>& tile, const double* coef) {
   const Problem& problem = tile.problem;
-  const bool ce = problem.voxel_term == VoxelTerm::ce;
-  const bool focal = problem.voxel_term == VoxelTerm::focal_softmax;
-  const bool softmax_overlap = overlap && problem.activation == Activation::softmax;
-  std::memset(tile.dot, 0, sizeof(T) * tile.padded);
-  std::memset(tile.pull, 0, sizeof(T) * tile.padded);
-  const T gamma = static_cast<T>(problem.focal_gamma);
+  const bool overlap = problem.activation == Activation::softmax && has_overlap(problem);
+  std::memset(tile.shift, 0, sizeof(T) * tile.padded);
   for (int64_t c = 0; c < problem.classes; ++c) {
     const Slopes<T> a = slopes_of<T>(problem, coef, c);
-    const T* g_row = tile.target_row(c);
-    const T *p_row = tile.p + c * tile.capacity, *z_row = tile.z + c * tile.capacity;
-    const bool focal_here = focal && c >= problem.first_class;
+    const T *g_row = tile.target_row(c), *e_row = tile.e + c * tile.capacity;
     for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
-      if (softmax_overlap) {
-        const Vec<T> p = load<T>(p_row + v);
-        const Vec<T> slope =
-            overlap_slope_at<O, Dense, Masked>(tile, a, static_cast<T>(c), p, g_row, v);
-        store<T>(tile.dot + v, load<T>(tile.dot + v) + p * slope);
+      Vec<T> shift = load<T>(tile.shift + v);
+      if (overlap) {
+        const Vec<T> p = load<T>(e_row + v) * load<T>(tile.scale + v);
+        shift =
+            shift + p * overlap_slope_at<O, Dense, Masked>(tile, a, static_cast<T>(c), p, g_row, v);
       }
-      if (!ce && !focal_here) continue;
-      const Vec<T> g = tile.template target<Dense>(g_row, static_cast<T>(c), v);
-      Vec<T> pull = load<T>(tile.pull + v);
-      if (ce) pull = pull + (a.pos * g + a.ls);
-      if (focal_here) {
-        const Vec<T> log_p = load<T>(z_row + v) - load<T>(tile.focal_lse + v);
-        pull = pull + a.pos * g * softmax_focal(log_p, gamma).slope;
-      }
-      store<T>(tile.pull + v, pull);
+      if constexpr (Ce) shift = shift - (weighted_target<Dense>(a.pos, c, g_row, v) + a.ls);
+      store<T>(tile.shift + v, shift);
     }
   }
 }
 
-template <Overlap O, bool Dense, bool Masked, class T>
-void overlap_gradient(const Tile<T>& tile, const Slopes<T>& a, int64_t c, const T* g_row, T* out) {
-  const T *p_row = tile.p + c * tile.capacity, *z_row = tile.z + c * tile.capacity;
-  const Activation activation = tile.problem.activation;
-  for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
-    Vec<T> p, chain, shift = splat(T{0});
-    if (activation == Activation::softmax) {
-      p = load<T>(p_row + v);
-      chain = p;
-      shift = load<T>(tile.dot + v);
-    } else if (activation == Activation::sigmoid) {
-      const Sigmoid<Vec<T>> s = sigmoid<false>(load<T>(z_row + v));
-      p = s.p;
-      chain = s.p * s.q;
-    } else {
-      p = load<T>(z_row + v);
-      chain = splat(T{1});
+// The same for the softmax focal term alone: pull = sum_c a_pos g_c p_c d(focal)/dp_c.
+template <bool Dense, class T>
+void load_focal_pull(Tile<T>& tile, const double* coef) {
+  const Problem& problem = tile.problem;
+  const T gamma = static_cast<T>(problem.focal_gamma);
+  std::memset(tile.pull, 0, sizeof(T) * tile.padded);
+  for (int64_t c = problem.first_class; c < problem.classes; ++c) {
+    const Slopes<T> a = slopes_of<T>(problem, coef, c);
+    const T *g_row = tile.target_row(c), *z_row = tile.z + c * tile.z_stride;
+    for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
+      const Vec<T> log_p = load<T>(z_row + v) - load<T>(tile.focal_lse + v);
+      store<T>(tile.pull + v, load<T>(tile.pull + v) + weighted_target<Dense>(a.pos, c, g_row, v) *
+                                                           softmax_focal(log_p, gamma).slope);
     }
+  }
+}
+
+// The whole gradient of an overlap with softmax, and with Ce that of the cross entropy.
+template <Overlap O, bool Dense, bool Masked, bool Ce, class T>
+void softmax_gradient(const Tile<T>& tile, const Slopes<T>& a, int64_t c, const T* g_row, T* out) {
+  const T* e_row = tile.e + c * tile.capacity;
+  for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
+    const Vec<T> p = load<T>(e_row + v) * load<T>(tile.scale + v);
     const Vec<T> slope =
         overlap_slope_at<O, Dense, Masked>(tile, a, static_cast<T>(c), p, g_row, v);
-    store<T>(out + v, chain * (slope - shift));
+    Vec<T> gradient = p * (slope - load<T>(tile.shift + v));
+    if constexpr (Ce) gradient = gradient - (weighted_target<Dense>(a.pos, c, g_row, v) + a.ls);
+    store<T>(out + v, gradient);
+  }
+}
+
+template <Overlap O, bool Dense, bool Masked, class T>
+void pointwise_gradient(const Tile<T>& tile, const Slopes<T>& a, int64_t c, const T* g_row,
+                        T* out) {
+  const T* z_row = tile.z + c * tile.z_stride;
+  const bool sigmoid_ = tile.problem.activation == Activation::sigmoid;
+  for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
+    Vec<T> p = load<T>(z_row + v), chain = splat(T{1});
+    if (sigmoid_) {
+      const Sigmoid<Vec<T>> s = sigmoid<false>(p);
+      p = s.p;
+      chain = s.p * s.q;
+    }
+    store<T>(out + v,
+             chain * overlap_slope_at<O, Dense, Masked>(tile, a, static_cast<T>(c), p, g_row, v));
   }
 }
 
 template <bool Dense, class T>
-void voxel_gradient(const Tile<T>& tile, const Slopes<T>& a, int64_t c, const T* g_row, T* out) {
+void add_voxel_gradient(const Tile<T>& tile, const Slopes<T>& a, int64_t c, const T* g_row,
+                        T* out) {
   const Problem& problem = tile.problem;
-  const T *p_row = tile.p + c * tile.capacity, *z_row = tile.z + c * tile.capacity;
+  const T *e_row = tile.e + c * tile.capacity, *z_row = tile.z + c * tile.z_stride;
   const T gamma = static_cast<T>(problem.focal_gamma), label = static_cast<T>(c);
   const auto add = [&](int64_t v, Vec<T> x) { store<T>(out + v, load<T>(out + v) + x); };
   const auto g_at = [&](int64_t v) { return tile.template target<Dense>(g_row, label, v); };
   if (problem.voxel_term == VoxelTerm::ce) {
-    for (int64_t v = 0; v < tile.padded; v += kLanes<T>)
-      add(v, load<T>(p_row + v) * load<T>(tile.pull + v) - (a.pos * g_at(v) + a.ls));
+    for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
+      const Vec<T> p = load<T>(e_row + v) * load<T>(tile.scale + v);
+      add(v, -p * load<T>(tile.shift + v) - (weighted_target<Dense>(a.pos, c, g_row, v) + a.ls));
+    }
   } else if (problem.voxel_term == VoxelTerm::bce) {
     for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
       const Sigmoid<Vec<T>> s = sigmoid<false>(load<T>(z_row + v));
@@ -130,28 +157,41 @@ void voxel_gradient(const Tile<T>& tile, const Slopes<T>& a, int64_t c, const T*
   }
 }
 
+// The gradient of one class of the tile, in `out`.
+template <Overlap O, bool Dense, bool Masked, bool Ce, class T>
+void gradient_row(Tile<T>& tile, const double* coef, int64_t c, T* out) {
+  const Problem& problem = tile.problem;
+  const Slopes<T> a = slopes_of<T>(problem, coef, c);
+  const T* g_row = tile.target_row(c);
+  const bool fused = problem.activation == Activation::softmax && has_overlap(problem);
+  if (fused)
+    softmax_gradient<O, Dense, Masked, Ce>(tile, a, c, g_row, out);
+  else if (has_overlap(problem))
+    pointwise_gradient<O, Dense, Masked>(tile, a, c, g_row, out);
+  else
+    std::memset(out, 0, sizeof(T) * tile.padded);
+  if (!(fused && Ce)) add_voxel_gradient<Dense>(tile, a, c, g_row, out);
+  if constexpr (Masked)
+    for (int64_t v = 0; v < tile.padded; v += kLanes<T>)
+      store<T>(out + v, load<T>(tile.m + v) * load<T>(out + v));
+}
+
 template <class T>
 void backward_tile(Tile<T>& tile, const double* coef, const View& gradient) {
   const Problem& problem = tile.problem;
-  const bool overlap = problem.rows & ((1 << kI) | (1 << kFP) | (1 << kFN));
-  with_flags(problem.dense, tile.masked, [&](auto dense, auto masked) {
+  const bool ce = problem.voxel_term == VoxelTerm::ce;
+  const bool native = gradient.dtype == (sizeof(T) == 4 ? DType::f32 : DType::f64);
+  const bool direct = native && gradient.voxel == 1 && tile.n == tile.padded;
+  const int64_t at = tile.sample * gradient.batch + tile.first * gradient.voxel;
+  with_flags(problem.dense, tile.masked, ce, [&](auto dense, auto masked, auto with_ce) {
     with_overlap(problem.overlap, [&](auto o) {
-      if (tile.needs_softmax()) class_sums<o(), dense(), masked()>(tile, coef, overlap);
+      if (tile.needs_softmax()) load_shift<o(), dense(), masked(), with_ce()>(tile, coef);
+      if (problem.voxel_term == VoxelTerm::focal_softmax) load_focal_pull<dense()>(tile, coef);
       for (int64_t c = 0; c < problem.classes; ++c) {
-        const Slopes<T> a = slopes_of<T>(problem, coef, c);
-        const T* g_row = tile.target_row(c);
-        T* out = tile.row;
-        if (overlap)
-          overlap_gradient<o(), dense(), masked()>(tile, a, c, g_row, out);
-        else
-          std::memset(out, 0, sizeof(T) * tile.padded);
-        if (problem.voxel_term != VoxelTerm::none) voxel_gradient<dense()>(tile, a, c, g_row, out);
-        if constexpr (masked())
-          for (int64_t v = 0; v < tile.padded; v += kLanes<T>)
-            store<T>(out + v, load<T>(tile.m + v) * load<T>(out + v));
-        write_row(gradient,
-                  tile.sample * gradient.batch + c * gradient.channel + tile.first * gradient.voxel,
-                  tile.n, out);
+        const int64_t offset = at + c * gradient.channel;
+        T* out = direct ? static_cast<T*>(const_cast<void*>(gradient.data)) + offset : tile.row;
+        gradient_row<o(), dense(), masked(), with_ce()>(tile, coef, c, out);
+        if (!direct) write_row(gradient, offset, tile.n, out);
       }
     });
   });

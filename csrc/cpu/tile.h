@@ -16,6 +16,10 @@ constexpr int64_t tile_voxels(int64_t classes) {
   return voxels;
 }
 
+// With more classes than ways of a first-level cache, rows a power of two apart evict each other;
+// then the tile is copied.
+constexpr int64_t kDirectClasses = 12;
+
 constexpr int64_t kTileRows = 10;  // rows of one value a voxel in Tile below
 
 template <class T>
@@ -24,9 +28,11 @@ struct Tile {
   int64_t capacity;  // voxels of a full tile
   int64_t sample = 0, first = 0;
   int64_t n = 0, padded = 0;
-  bool masked = false;  // m is not all ones; where m == 0, z and g read 0 and the label -1
-  T *z, *p;             // (C, capacity); p: softmax over all classes
-  T *label, *m, *max, *scale, *lse, *focal_lse, *row, *g, *dot, *pull;
+  bool masked = false;   // m is not all ones; where m == 0, z and g read 0 and the label -1
+  const T* z = nullptr;  // (C, z_stride) logits: the buffer, or the caller's own memory
+  int64_t z_stride = 0;
+  T *buffer, *e;  // (C, capacity); e * scale: softmax over all classes
+  T *label, *m, *scale, *lse, *focal_lse, *ones, *row, *g, *shift, *pull;
   BadLabels* bad = nullptr;
 
   Tile(const Problem& pr, char* workspace) : problem(pr), capacity(tile_voxels<T>(pr.classes)) {
@@ -36,10 +42,11 @@ struct Tile {
       next += count;
       return taken;
     };
-    z = take(pr.classes * capacity);
-    p = take(pr.classes * capacity);
-    for (T** r : {&label, &m, &max, &scale, &lse, &focal_lse, &row, &g, &dot, &pull})
+    buffer = take(pr.classes * capacity);
+    e = take(pr.classes * capacity);
+    for (T** r : {&label, &m, &scale, &lse, &focal_lse, &ones, &row, &g, &shift, &pull})
       *r = take(capacity);
+    for (int64_t v = 0; v < capacity; ++v) ones[v] = 1;
   }
 
   static int64_t bytes(const Problem& pr) {
@@ -112,61 +119,66 @@ struct Tile {
 
   void load_logits() {
     const View& view = problem.logits;
+    const int64_t at = sample * view.batch + first * view.voxel;
+    const DType native = sizeof(T) == 4 ? DType::f32 : DType::f64;
+    if (!masked && view.voxel == 1 && view.dtype == native && problem.classes <= kDirectClasses) {
+      z = static_cast<const T*>(view.data) + at;
+      z_stride = view.channel;
+      return;
+    }
+    z = buffer;
+    z_stride = capacity;
     for (int64_t c = 0; c < problem.classes; ++c) {
-      T* row_ = z + c * capacity;
-      const int64_t offset = sample * view.batch + c * view.channel + first * view.voxel;
-      read_row(view, offset, n, padded, row_);
-      if (masked) clear_masked(row_);
+      read_row(view, at + c * view.channel, n, padded, buffer + c * capacity);
+      if (masked) clear_masked(buffer + c * capacity);
     }
   }
 
-  // p = softmax(z), lse = log sum exp z; focal_lse the same over the classes from first_class on.
+  // e = exp(z - max), scale = 1 / sum e, lse = log sum exp z; focal_lse over the classes from
+  // first_class on.
   void softmax() {
     const int64_t classes = problem.classes;
+    const bool logs = problem.voxel_term != VoxelTerm::none;
     for (int64_t v = 0; v < padded; v += kLanes<T>) {
-      Vec<T> largest = load_vector(z + v);
-      for (int64_t c = 1; c < classes; ++c) {
-        const Vec<T> x = load_vector(z + c * capacity + v);
-        largest = select(x > largest || x != x, x, largest);
-      }
+      const Vec<T> largest = largest_logit(0, v);
       Vec<T> sum = splat(T{0});
       for (int64_t c = 0; c < classes; ++c) {
-        const Vec<T> e = exp(load_vector(z + c * capacity + v) - largest);
-        sum = sum + e;
-        store<T>(p + c * capacity + v, e);
+        const Vec<T> x = exp(load_vector(z + c * z_stride + v) - largest);
+        sum = sum + x;
+        store<T>(e + c * capacity + v, x);
       }
-      const Vec<T> scale_ = 1 / sum;
-      for (int64_t c = 0; c < classes; ++c)
-        store<T>(p + c * capacity + v, load_vector(p + c * capacity + v) * scale_);
-      if (problem.voxel_term != VoxelTerm::none) store<T>(lse + v, largest + log(sum));
+      store<T>(scale + v, reciprocal(sum));
+      if (logs) store<T>(lse + v, largest + log(sum));
     }
-    if (problem.voxel_term == VoxelTerm::focal_softmax) load_focal_lse();
-  }
-
-  void load_focal_lse() {
+    if (problem.voxel_term != VoxelTerm::focal_softmax) return;
     for (int64_t v = 0; v < padded; v += kLanes<T>) {
-      Vec<T> largest = load_vector(z + problem.first_class * capacity + v);
-      for (int64_t c = problem.first_class + 1; c < problem.classes; ++c) {
-        const Vec<T> x = load_vector(z + c * capacity + v);
-        largest = select(x > largest || x != x, x, largest);
-      }
+      const Vec<T> largest = largest_logit(problem.first_class, v);
       Vec<T> sum = splat(T{0});
-      for (int64_t c = problem.first_class; c < problem.classes; ++c)
-        sum = sum + exp(load_vector(z + c * capacity + v) - largest);
+      for (int64_t c = problem.first_class; c < classes; ++c)
+        sum = sum + exp(load_vector(z + c * z_stride + v) - largest);
       store<T>(focal_lse + v, largest + log(sum));
     }
+  }
+
+  DK_INLINE Vec<T> largest_logit(int64_t from, int64_t v) const {
+    Vec<T> largest = load_vector(z + from * z_stride + v);
+    for (int64_t c = from + 1; c < problem.classes; ++c) {
+      const Vec<T> x = load_vector(z + c * z_stride + v);
+      largest = select(x > largest, x, largest);
+    }
+    return largest;
   }
 };
 
 // Calls f with the booleans as compile-time constants.
 template <class F>
-DK_INLINE void with_flags(bool dense, bool masked, F f) {
-  using Yes = std::integral_constant<bool, true>;
-  using No = std::integral_constant<bool, false>;
-  if (dense)
-    masked ? f(Yes{}, Yes{}) : f(Yes{}, No{});
-  else
-    masked ? f(No{}, Yes{}) : f(No{}, No{});
+DK_INLINE void with_flags(bool dense, bool masked, bool third, F f) {
+  const auto constant = [](bool flag, auto g) {
+    flag ? g(std::true_type{}) : g(std::false_type{});
+  };
+  constant(dense, [&](auto d) {
+    constant(masked, [&](auto m) { constant(third, [&](auto t) { f(d, m, t); }); });
+  });
 }
 
 template <class F>
