@@ -10,12 +10,18 @@ namespace {
 // doubles of the slot at least every kRunVoxels voxels.
 template <class T>
 struct Accumulators {
-  int64_t rows, row_total;
+  int64_t row_total;
   T* lanes;
   T* unused;
+  int64_t offset[kRowCount];  // of a row's vector among those of its class; -1 if it is off
 
+  Accumulators(int64_t rows, T* storage)
+      : row_total(row_count(rows)), lanes(storage + kLanes<T>), unused(storage) {
+    for (int row = 0; row < kRowCount; ++row)
+      offset[row] = has_row(rows, Row(row)) ? row_index(rows, Row(row)) * kLanes<T> : -1;
+  }
   T* at(int64_t c, Row row) const {
-    return has_row(rows, row) ? lanes + (c * row_total + row_index(rows, row)) * kLanes<T> : unused;
+    return offset[row] >= 0 ? lanes + c * row_total * kLanes<T> + offset[row] : unused;
   }
   void empty_into(double* slot, int64_t classes) {
     for (int64_t i = 0; i < classes * row_total; ++i) {
@@ -123,8 +129,7 @@ void voxel_rows(const Tile<T>& tile, const Accumulators<T>& sums, int64_t c, con
 template <class T, class F>
 void with_probabilities(const Tile<T>& tile, int64_t c, F f) {
   const T* z_row = tile.z + c * tile.z_stride;
-  if (tile.problem.activation == Activation::softmax)
-    return f(tile.e + c * tile.capacity, tile.scale);
+  if (tile.problem.activation == Activation::softmax) return f(tile.e + c * tile.pitch, tile.scale);
   if (tile.problem.activation == Activation::none) return f(z_row, tile.ones);
   for (int64_t v = 0; v < tile.padded; v += kLanes<T>)
     store<T>(tile.row + v, sigmoid<false>(load<T>(z_row + v)).p);
@@ -155,9 +160,10 @@ void sums_chunk(const Problem& problem, int64_t sample, int64_t first_voxel, int
                 char* workspace, double* slot, BadLabels* bad) {
   Tile<T> tile(problem, workspace);
   tile.bad = bad;
+  tile.needs_lse = true;
   T* lanes = reinterpret_cast<T*>(workspace + Tile<T>::bytes(problem));
   const int64_t row_total = row_count(problem.rows), width = problem.classes * row_total;
-  Accumulators<T> sums{problem.rows, row_total, lanes + kLanes<T>, lanes};
+  Accumulators<T> sums(problem.rows, lanes);
   std::memset(lanes, 0, sizeof(T) * (width + 1) * kLanes<T>);
   std::memset(slot, 0, sizeof(double) * width);
   double weight = 0;
@@ -188,8 +194,9 @@ void sums_chunk_any(const Problem& problem, int64_t sample, int64_t first_voxel,
 }
 
 int64_t workspace_bytes(const Problem& problem) {
-  const int64_t accumulators = (problem.classes * row_count(problem.rows) + 1) * DK_VECTOR_BYTES;
-  return accumulators + (problem.logits.dtype == DType::f64 ? Tile<double>::bytes(problem)
+  // Behind the tile: one vector a row and class (forward), or the slopes of a class (backward).
+  const int64_t vectors = problem.classes * (row_count(problem.rows) + 1) + 1;
+  return vectors * 64 + (problem.logits.dtype == DType::f64 ? Tile<double>::bytes(problem)
                                                             : Tile<float>::bytes(problem));
 }
 

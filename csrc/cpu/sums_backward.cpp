@@ -13,12 +13,14 @@ struct Slopes {
 };
 
 template <class T>
-Slopes<T> slopes_of(const Problem& problem, const double* coef, int64_t c) {
-  const double* rows = coef + c * row_count(problem.rows);
-  const auto at = [&](Row row) {
-    return has_row(problem.rows, row) ? static_cast<T>(rows[row_index(problem.rows, row)]) : T{0};
-  };
-  return {at(kI), at(kFP), at(kFN), at(kPos), at(kNeg), at(kLs)};
+void load_slopes(const Problem& problem, const double* coef, Slopes<T>* slopes) {
+  for (int64_t c = 0; c < problem.classes; ++c) {
+    const double* rows = coef + c * row_count(problem.rows);
+    const auto at = [&](Row row) {
+      return has_row(problem.rows, row) ? static_cast<T>(rows[row_index(problem.rows, row)]) : T{0};
+    };
+    slopes[c] = {at(kI), at(kFP), at(kFN), at(kPos), at(kNeg), at(kLs)};
+  }
 }
 
 bool has_overlap(const Problem& problem) {
@@ -56,13 +58,13 @@ DK_INLINE Vec<T> overlap_slope_at(const Tile<T>& tile, const Slopes<T>& a, T c, 
 // What the softmax's Jacobian takes off every class, without the voxel weight: `shift` =
 // sum_c p_c dL/dp_c of the overlap (if it has a softmax) minus sum_c (a_pos g_c + a_ls) of the CE.
 template <Overlap O, bool Dense, bool Masked, bool Ce, class T>
-void load_shift(Tile<T>& tile, const double* coef) {
+void load_shift(Tile<T>& tile, const Slopes<T>* slopes) {
   const Problem& problem = tile.problem;
   const bool overlap = problem.activation == Activation::softmax && has_overlap(problem);
   std::memset(tile.shift, 0, sizeof(T) * tile.padded);
   for (int64_t c = 0; c < problem.classes; ++c) {
-    const Slopes<T> a = slopes_of<T>(problem, coef, c);
-    const T *g_row = tile.target_row(c), *e_row = tile.e + c * tile.capacity;
+    const Slopes<T>& a = slopes[c];
+    const T *g_row = tile.target_row(c), *e_row = tile.e + c * tile.pitch;
     for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
       Vec<T> shift = load<T>(tile.shift + v);
       if (overlap) {
@@ -78,12 +80,12 @@ void load_shift(Tile<T>& tile, const double* coef) {
 
 // The same for the softmax focal term alone: pull = sum_c a_pos g_c p_c d(focal)/dp_c.
 template <bool Dense, class T>
-void load_focal_pull(Tile<T>& tile, const double* coef) {
+void load_focal_pull(Tile<T>& tile, const Slopes<T>* slopes) {
   const Problem& problem = tile.problem;
   const T gamma = static_cast<T>(problem.focal_gamma);
   std::memset(tile.pull, 0, sizeof(T) * tile.padded);
   for (int64_t c = problem.first_class; c < problem.classes; ++c) {
-    const Slopes<T> a = slopes_of<T>(problem, coef, c);
+    const Slopes<T>& a = slopes[c];
     const T *g_row = tile.target_row(c), *z_row = tile.z + c * tile.z_stride;
     for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
       const Vec<T> log_p = load<T>(z_row + v) - load<T>(tile.focal_lse + v);
@@ -96,7 +98,7 @@ void load_focal_pull(Tile<T>& tile, const double* coef) {
 // The whole gradient of an overlap with softmax, and with Ce that of the cross entropy.
 template <Overlap O, bool Dense, bool Masked, bool Ce, class T>
 void softmax_gradient(const Tile<T>& tile, const Slopes<T>& a, int64_t c, const T* g_row, T* out) {
-  const T* e_row = tile.e + c * tile.capacity;
+  const T* e_row = tile.e + c * tile.pitch;
   for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
     const Vec<T> p = load<T>(e_row + v) * load<T>(tile.scale + v);
     const Vec<T> slope =
@@ -128,7 +130,7 @@ template <bool Dense, class T>
 void add_voxel_gradient(const Tile<T>& tile, const Slopes<T>& a, int64_t c, const T* g_row,
                         T* out) {
   const Problem& problem = tile.problem;
-  const T *e_row = tile.e + c * tile.capacity, *z_row = tile.z + c * tile.z_stride;
+  const T *e_row = tile.e + c * tile.pitch, *z_row = tile.z + c * tile.z_stride;
   const T gamma = static_cast<T>(problem.focal_gamma), label = static_cast<T>(c);
   const auto add = [&](int64_t v, Vec<T> x) { store<T>(out + v, load<T>(out + v) + x); };
   const auto g_at = [&](int64_t v) { return tile.template target<Dense>(g_row, label, v); };
@@ -159,9 +161,9 @@ void add_voxel_gradient(const Tile<T>& tile, const Slopes<T>& a, int64_t c, cons
 
 // The gradient of one class of the tile, in `out`.
 template <Overlap O, bool Dense, bool Masked, bool Ce, class T>
-void gradient_row(Tile<T>& tile, const double* coef, int64_t c, T* out) {
+void gradient_row(Tile<T>& tile, const Slopes<T>* slopes, int64_t c, T* out) {
   const Problem& problem = tile.problem;
-  const Slopes<T> a = slopes_of<T>(problem, coef, c);
+  const Slopes<T>& a = slopes[c];
   const T* g_row = tile.target_row(c);
   const bool fused = problem.activation == Activation::softmax && has_overlap(problem);
   if (fused)
@@ -177,7 +179,7 @@ void gradient_row(Tile<T>& tile, const double* coef, int64_t c, T* out) {
 }
 
 template <class T>
-void backward_tile(Tile<T>& tile, const double* coef, const View& gradient) {
+void backward_tile(Tile<T>& tile, const Slopes<T>* slopes, const View& gradient) {
   const Problem& problem = tile.problem;
   const bool ce = problem.voxel_term == VoxelTerm::ce;
   const bool native = gradient.dtype == (sizeof(T) == 4 ? DType::f32 : DType::f64);
@@ -185,12 +187,12 @@ void backward_tile(Tile<T>& tile, const double* coef, const View& gradient) {
   const int64_t at = tile.sample * gradient.batch + tile.first * gradient.voxel;
   with_flags(problem.dense, tile.masked, ce, [&](auto dense, auto masked, auto with_ce) {
     with_overlap(problem.overlap, [&](auto o) {
-      if (tile.needs_softmax()) load_shift<o(), dense(), masked(), with_ce()>(tile, coef);
-      if (problem.voxel_term == VoxelTerm::focal_softmax) load_focal_pull<dense()>(tile, coef);
+      if (tile.needs_softmax()) load_shift<o(), dense(), masked(), with_ce()>(tile, slopes);
+      if (problem.voxel_term == VoxelTerm::focal_softmax) load_focal_pull<dense()>(tile, slopes);
       for (int64_t c = 0; c < problem.classes; ++c) {
         const int64_t offset = at + c * gradient.channel;
         T* out = direct ? static_cast<T*>(const_cast<void*>(gradient.data)) + offset : tile.row;
-        gradient_row<o(), dense(), masked(), with_ce()>(tile, coef, c, out);
+        gradient_row<o(), dense(), masked(), with_ce()>(tile, slopes, c, out);
         if (!direct) write_row(gradient, offset, tile.n, out);
       }
     });
@@ -203,10 +205,12 @@ void backward_chunk(const Problem& problem, const double* coef, int64_t sample, 
   Tile<T> tile(problem, workspace);
   BadLabels bad;
   tile.bad = &bad;
+  auto* slopes = reinterpret_cast<Slopes<T>*>(workspace + Tile<T>::bytes(problem));
+  load_slopes(problem, coef, slopes);
   for (int64_t v = 0; v < voxel_count; v += tile.capacity) {
     const int64_t left = voxel_count - v;
     tile.load(sample, first_voxel + v, left < tile.capacity ? left : tile.capacity);
-    backward_tile(tile, coef, gradient);
+    backward_tile(tile, slopes, gradient);
   }
 }
 

@@ -9,7 +9,7 @@ namespace DK_ISA {
 // float for the half precisions and fp32, double for fp64.
 template <class T>
 constexpr int64_t tile_voxels(int64_t classes) {
-  int64_t voxels = 1024;
+  int64_t voxels = 512;
   // Two (C, voxels) buffers have to stay in the second-level cache.
   while (voxels > 64 && 2 * voxels * classes * static_cast<int64_t>(sizeof(T)) > 160 * 1024)
     voxels /= 2;
@@ -22,35 +22,42 @@ constexpr int64_t kDirectClasses = 12;
 
 constexpr int64_t kTileRows = 10;  // rows of one value a voxel in Tile below
 
+// One cache line between rows: at a power of two apart they would share the sets of the cache.
+template <class T>
+constexpr int64_t kRowGap = 64 / sizeof(T);
+
 template <class T>
 struct Tile {
   const Problem& problem;
   int64_t capacity;  // voxels of a full tile
+  int64_t pitch;     // from row to row of the buffers
   int64_t sample = 0, first = 0;
   int64_t n = 0, padded = 0;
   bool masked = false;   // m is not all ones; where m == 0, z and g read 0 and the label -1
   const T* z = nullptr;  // (C, z_stride) logits: the buffer, or the caller's own memory
   int64_t z_stride = 0;
-  T *buffer, *e;  // (C, capacity); e * scale: softmax over all classes
+  T *buffer, *e;  // (C, pitch); e * scale: softmax over all classes
   T *label, *m, *scale, *lse, *focal_lse, *ones, *row, *g, *shift, *pull;
+  bool needs_lse = false;  // the cross entropy's forward alone reads lse
   BadLabels* bad = nullptr;
 
-  Tile(const Problem& pr, char* workspace) : problem(pr), capacity(tile_voxels<T>(pr.classes)) {
+  Tile(const Problem& pr, char* workspace)
+      : problem(pr), capacity(tile_voxels<T>(pr.classes)), pitch(capacity + kRowGap<T>) {
     T* next = reinterpret_cast<T*>(workspace);
     const auto take = [&](int64_t count) {
       T* taken = next;
       next += count;
       return taken;
     };
-    buffer = take(pr.classes * capacity);
-    e = take(pr.classes * capacity);
+    buffer = take(pr.classes * pitch);
+    e = take(pr.classes * pitch);
     for (T** r : {&label, &m, &scale, &lse, &focal_lse, &ones, &row, &g, &shift, &pull})
-      *r = take(capacity);
+      *r = take(pitch);
     for (int64_t v = 0; v < capacity; ++v) ones[v] = 1;
   }
 
   static int64_t bytes(const Problem& pr) {
-    return tile_voxels<T>(pr.classes) * (2 * pr.classes + kTileRows) *
+    return (tile_voxels<T>(pr.classes) + kRowGap<T>)*(2 * pr.classes + kTileRows) *
            static_cast<int64_t>(sizeof(T));
   }
 
@@ -127,10 +134,15 @@ struct Tile {
       return;
     }
     z = buffer;
-    z_stride = capacity;
+    z_stride = pitch;
     for (int64_t c = 0; c < problem.classes; ++c) {
-      read_row(view, at + c * view.channel, n, padded, buffer + c * capacity);
-      if (masked) clear_masked(buffer + c * capacity);
+      const int64_t offset = at + c * view.channel;
+      // The same piece of every class of the next tile: too short for the hardware to foresee.
+      if (view.dtype == native && view.voxel == 1)
+        for (int64_t v = capacity; v < 2 * capacity; v += 64 / static_cast<int64_t>(sizeof(T)))
+          __builtin_prefetch(static_cast<const T*>(view.data) + offset + v, 0, 2);
+      read_row(view, offset, n, padded, buffer + c * pitch);
+      if (masked) clear_masked(buffer + c * pitch);
     }
   }
 
@@ -138,14 +150,14 @@ struct Tile {
   // first_class on.
   void softmax() {
     const int64_t classes = problem.classes;
-    const bool logs = problem.voxel_term != VoxelTerm::none;
+    const bool logs = needs_lse && problem.voxel_term == VoxelTerm::ce;
     for (int64_t v = 0; v < padded; v += kLanes<T>) {
       const Vec<T> largest = largest_logit(0, v);
       Vec<T> sum = splat(T{0});
       for (int64_t c = 0; c < classes; ++c) {
         const Vec<T> x = exp(load_vector(z + c * z_stride + v) - largest);
         sum = sum + x;
-        store<T>(e + c * capacity + v, x);
+        store<T>(e + c * pitch + v, x);
       }
       store<T>(scale + v, reciprocal(sum));
       if (logs) store<T>(lse + v, largest + log(sum));
