@@ -97,11 +97,7 @@ def torch_dtype(name: str) -> torch.dtype:
 _FEW, _SOME, _MANY = (2, 4, 96, 96, 96), (2, 14, 96, 96, 96), (1, 117, 64, 64, 64)
 
 _CPU = (
-    *(
-        Case(loss, shape)
-        for loss in ("dice_ce", "gdl", "tversky")
-        for shape in (_FEW, _SOME, _MANY)
-    ),
+    *(Case(loss, shape) for loss in ("dice_ce", "gdl", "tversky") for shape in (_FEW, _SOME, _MANY)),
     Case("dice", _FEW),
     Case("dice_ce", _FEW, label_dtype="int64"),
     Case("dice_ce", _FEW, layout="channels_last"),

@@ -18,7 +18,10 @@ if [ "${1:-}" = --dry-run ]; then
     shift
 fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=${PYTHON:-python3}
+# Absolute, since the folder changes below.
+python=$(command -v "${PYTHON:-python3}")
+python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
+wheel=${DICEKERNELS_WHEEL:+$(realpath "$DICEKERNELS_WHEEL")}
 [ -z "$dry" ] || : "${OUT:=$(mktemp -d)}"
 mkdir -p "${OUT:=$root/bench/results}"
 OUT=$(cd "$OUT" && pwd)
@@ -37,8 +40,8 @@ fi
 if [ -d .whl ]; then
     step "$python" -m pip install --quiet --no-index --no-deps --find-links .whl .whl/*.whl
 fi
-if [ -n "${DICEKERNELS_WHEEL:-}" ]; then
-    step "$python" -m pip install --quiet --no-index --no-deps --force-reinstall "$DICEKERNELS_WHEEL"
+if [ -n "$wheel" ]; then
+    step "$python" -m pip install --quiet --no-index --no-deps --force-reinstall "$wheel"
     # The sources would hide the installed package: work in a folder with everything but them.
     stage=$(mktemp -d)
     trap 'rm -rf "$stage"' EXIT

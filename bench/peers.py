@@ -110,12 +110,8 @@ class Checker:
         dtype = self.logits.dtype
         reason = ""
         try:
-            testing.assert_close_to_truth(
-                value, self.truth[0], self.honest[0], self.honest[0].dtype, "loss"
-            )
-            testing.assert_gradient_close(
-                gradient, self.truth[1], self.honest[1], dtype, "gradient"
-            )
+            testing.assert_close_to_truth(value, self.truth[0], self.honest[0], self.honest[0].dtype, "loss")
+            testing.assert_gradient_close(gradient, self.truth[1], self.honest[1], dtype, "gradient")
         except AssertionError as error:
             reason = str(error)
         value_error = (value.double() - self.truth[0]).abs().item()
@@ -178,7 +174,8 @@ Pair = tuple[Callable[..., tuple[Tensor, ...]], Callable[..., Tensor]]
 
 def closed_form(case: Case, pair: Pair) -> Loss:
     """An autograd.Function of two compiled functions: nothing derived, nothing large saved."""
-    forward_pass, backward_pass = (torch.compile(half, dynamic=False) for half in pair)
+    forward_pass = torch.compile(pair[0], dynamic=False)
+    backward_pass = torch.compile(pair[1], dynamic=False)
 
     class ClosedForm(torch.autograd.Function):
         @staticmethod
@@ -263,9 +260,7 @@ def unrolled_pair(case: Case) -> Pair:
             value = value + surprise.sum() / labels.numel()
         return value, d_I, d_P
 
-    def backward_pass(
-        grad: Tensor, logits: Tensor, labels: Tensor, d_I: Tensor, d_P: Tensor
-    ) -> Tensor:
+    def backward_pass(grad: Tensor, logits: Tensor, labels: Tensor, d_I: Tensor, d_P: Tensor) -> Tensor:
         e, scale, _, y = classes(logits, labels)
         p = [e_c * scale for e_c in e]
         q = [torch.where(y == c, d_I[:, c, None], 0) + d_P[:, c, None] for c in range(len(p))]

@@ -52,8 +52,9 @@ def _header(document: schema.Document) -> str:
     busy = (host["load_average"] or 0) > host["cores"] / 2
     dirty = {True: " with local changes", False: "", None: ""}[document["dirty"]]
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    part = f" (cases {document['cases']!r})" if document["cases"] else ""
     return (
-        f"suite {document['suite']} on {device['name']} ({device['type']}), "
+        f"suite {document['suite']}{part} on {device['name']} ({device['type']}), "
         f"backend {document['backend']}, {document['threads']} threads, {document['date']}\n"
         f"commit {document['commit']}{dirty}\n"
         f"{host['cpu']} ({host['cpu_capability']}, {host['cores']} cores, load "
@@ -114,7 +115,7 @@ def _summary(groups: list[list[Row]]) -> str:
         )
     heads = ["case", "allocator", "check", "ours / floor", "than MONAI", "than best compiled"]
     heads += ["which is"]
-    return tabulate(lines, heads, disable_numparse=True)
+    return str(tabulate(lines, heads, disable_numparse=True))
 
 
 def _memory_table(rows: list[Row]) -> str:
@@ -128,7 +129,7 @@ def _memory_table(rows: list[Row]) -> str:
         lines.append([_name(row), row["contender"], *cells])
     heads = ["case", "contender", "forward", "kept", "backward", "peak"]
     heads += ["resident forward", "kept", "peak"]
-    return tabulate(lines, heads, disable_numparse=True)
+    return str(tabulate(lines, heads, disable_numparse=True))
 
 
 def _name(row: Row) -> str:

@@ -39,9 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.worker.write_text(json.dumps(_work(options)))
         return
 
-    document = schema.describe(
-        options.suite, options.device, options.backend, options.threads, options.rounds
-    )
+    document = schema.describe(**{key: getattr(options, key) for key in schema.ASKED})
     document |= {"allocators": {}, "timings": [], "memory": []}
     for allocator in options.allocators:
         document["allocators"][allocator] = measure.ALLOCATORS[allocator]
@@ -61,7 +59,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=schema.ROOT / "bench" / "results")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, help="default: the suite's own")
-    parser.add_argument("--cases", default="", help="regular expression on the cases' names")
+    parser.add_argument("--cases", default="", help="only cases whose name has this regex")
     parser.add_argument("--allocators", nargs="+", choices=measure.ALLOCATORS)
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--memory", choices=["none", "profiled", "resident"])
@@ -100,12 +98,15 @@ def _run_worker(options: argparse.Namespace, allocator: str) -> dict[str, list[R
             command += [f"--{name}={getattr(options, name)}"]
         command += [f"--allocators={allocator}", f"--memory={memory}"]
         command += ["--compiled" if options.compiled else "--no-compiled"]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+        settings = ("MALLOC_", "GLIBC_TUNABLES")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(settings)}
         environment |= measure.ALLOCATORS[allocator]
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
         # Kineto logs two lines to stderr for every profile it takes.
         environment.setdefault("KINETO_LOG_LEVEL", "99")
-        subprocess.run(command, env=environment, check=True)
+        code = subprocess.run(command, env=environment).returncode
+        if code:
+            raise SystemExit(f"bench: the run with allocator {allocator!r} failed, see above: {code}")
         found: dict[str, list[Row]] = json.loads(rows.read_text())
     return found
 
@@ -119,7 +120,7 @@ def _work(options: argparse.Namespace) -> dict[str, list[Row]]:
         compiled=options.compiled,
         memory=options.memory,
     )
-    backends = [] if options.backend == "auto" else [options.backend]
+    backends = [] if options.backend == "auto" else [_usable(options.backend)]
     timings: list[Row] = []
     memory: list[Row] = []
     cases = chosen_cases(suite, options.cases)
@@ -129,6 +130,18 @@ def _work(options: argparse.Namespace) -> dict[str, list[Row]]:
         timings += found[0]
         memory += found[1]
     return {"timings": timings, "memory": memory}
+
+
+def _usable(backend: str) -> str:
+    from dicekernels import available_backends
+
+    reason = available_backends().get(backend, "no backend has this name")
+    if reason:
+        raise SystemExit(
+            f"bench: --backend: got {backend!r}, which cannot run here: {reason}. Expected 'auto' or "
+            f"one of {[name for name, why in available_backends().items() if not why]}"
+        )
+    return backend
 
 
 def measure_case(
@@ -158,7 +171,7 @@ def measure_case(
         steps[contender.name] = loss_step(contender.loss, logits, labels)
     del checker
 
-    floor, name = floor_step(logits.detach(), device)
+    floor, name = floor_step(logits, device)
     rows[name] = _timing_row(case, allocator, name, "floor", 3 * case.logits_bytes)
     flush = l2_flush() if device == "cuda" else None
     samples = measure.interleave(steps | {name: floor}, suite.rounds, device, flush=flush)
@@ -180,26 +193,29 @@ def measure_case(
 
 
 def loss_step(loss: Any, logits: Tensor, labels: Tensor) -> measure.Step:
-    return measure.Step(
-        lambda: loss(logits, labels), lambda value: torch.autograd.grad(value, logits)[0]
-    )
+    return measure.Step(lambda: loss(logits, labels), lambda value: torch.autograd.grad(value, logits)[0])
 
 
 def floor_step(logits: Tensor, device: str) -> tuple[measure.Step, str]:
     """The traffic of the floor without the work: read the logits; read them and write a gradient.
 
     The gradient's memory exists beforehand. Of the plain ways to do either half, the fastest here.
+    The logits must be dense in some layout; they are taken as one row, half precision in words of
+    four bytes, since its arithmetic is slower than memory on a CPU.
     """
-    gradient = torch.empty_like(logits)
+    data = logits.detach().as_strided((logits.numel(),), (1,))
+    if data.itemsize == 2 and data.numel() % 2 == 0:
+        data = data.view(torch.int32)
+    gradient = torch.empty_like(data)
     readers = {
-        "sum": lambda: torch.sum(logits),
-        "amax": lambda: torch.amax(logits),
-        "max": lambda: torch.max(logits),
+        "sum": lambda: torch.sum(data),
+        "amax": lambda: torch.amax(data),
+        "max": lambda: torch.max(data),
     }
     writers = {
-        "mul": lambda: torch.mul(logits, 2, out=gradient),
-        "neg": lambda: torch.neg(logits, out=gradient),
-        "copy": lambda: gradient.copy_(logits),
+        "mul": lambda: torch.mul(data, 2, out=gradient),
+        "neg": lambda: torch.neg(data, out=gradient),
+        "copy": lambda: gradient.copy_(data),
     }
     alone = {name: measure.Step(half, lambda _: None) for name, half in (readers | writers).items()}
     samples = measure.interleave(alone, 7, device)

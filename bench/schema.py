@@ -17,6 +17,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSION = 1
+# What the caller of bench.run chose; ``cases`` is "" for the whole suite.
+ASKED = ("suite", "cases", "device", "backend", "threads", "rounds")
 
 Document = dict[str, Any]
 
@@ -81,9 +83,7 @@ _MEMORY = _object(
         backward_peak={"type": "integer"},
     ),
     resident=_nullable(
-        _object(
-            forward_peak={"type": "integer"}, kept={"type": "integer"}, peak={"type": "integer"}
-        )
+        _object(forward_peak={"type": "integer"}, kept={"type": "integer"}, peak={"type": "integer"})
     ),
 )
 
@@ -92,6 +92,7 @@ SCHEMA = {
     **_object(
         schema={"const": VERSION},
         suite=_TEXT,
+        cases={"type": "string"},
         date={"type": "string", "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$"},
         commit={"type": "string", "pattern": "^([0-9a-f]{40}|unknown)$"},
         dirty=_nullable({"type": "boolean"}),
@@ -134,12 +135,17 @@ def validate(document: Document) -> None:
 
 
 def save(document: Document, folder: Path) -> Path:
-    """Validate and write ``<suite>--<device>.json``, with ``--<backend>`` if one was forced."""
+    """Validate and write ``<suite>--<device>.json``.
+
+    ``--<backend>`` follows if one was forced, ``--<cases>`` for a part of the suite, so that it
+    does not overwrite the whole.
+    """
     validate(document)
-    device = f"{document['device']['type']}-{document['device']['name']}"
-    parts = [document["suite"], re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")]
+    parts = [document["suite"], _slug(f"{document['device']['type']} {document['device']['name']}")]
     if document["backend"] != "auto":
         parts.append(document["backend"])
+    if document["cases"]:
+        parts.append(_slug(document["cases"]) or "part")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ("--".join(parts) + ".json")
     path.write_text(json.dumps(document, indent=1) + "\n")
@@ -152,7 +158,7 @@ def load(path: Path) -> Document:
     return document
 
 
-def describe(suite: str, device: str, backend: str, threads: int, rounds: int) -> Document:
+def describe(suite: str, cases: str, device: str, backend: str, threads: int, rounds: int) -> Document:
     """The document without its rows: where, when and on what the suite runs."""
     commit = _git("rev-parse", "HEAD")
     # Results are written by the runs themselves and do not make the code another one.
@@ -161,6 +167,7 @@ def describe(suite: str, device: str, backend: str, threads: int, rounds: int) -
     return {
         "schema": VERSION,
         "suite": suite,
+        "cases": cases,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit or "unknown",
         "dirty": None if status is None else bool(status),
@@ -178,6 +185,10 @@ def describe(suite: str, device: str, backend: str, threads: int, rounds: int) -
         "rounds": rounds,
         "versions": _versions(),
     }
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def _versions() -> dict[str, str]:
@@ -204,9 +215,7 @@ def _cpu_name() -> str:
 def _git(*arguments: str) -> str | None:
     """Output of git in the repository, None where there is no repository or no git."""
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

@@ -6,7 +6,7 @@ asserted is the number of operators dispatched, which a busy machine does not ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +21,15 @@ pytest.importorskip("pytest_benchmark")
 
 LOSSES = ["DiceLoss", "DiceCELoss", "GeneralizedDiceLoss", "TverskyLoss"]
 LIBRARIES = {"dicekernels": dicekernels, "monai": monai_losses}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Waking a thread pool costs more than the call, and is not the call's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class _Operators(TorchDispatchMode):
@@ -55,9 +64,7 @@ def _step(library: str, name: str) -> Callable[[], tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_host_time_of_a_step(benchmark: Any, library: str, name: str) -> None:
     benchmark.group = name
-    value, gradient = benchmark.pedantic(
-        _step(library, name), rounds=50, iterations=5, warmup_rounds=5
-    )
+    value, gradient = benchmark.pedantic(_step(library, name), rounds=50, iterations=5, warmup_rounds=5)
     peer_value, peer_gradient = _step("monai", name)()
     # One ulp of the values near 1 and, for the gradient, of its largest element, eight times.
     eps = torch.finfo(torch.float32).eps
