@@ -5,12 +5,12 @@ Error types are MONAI's where MONAI has one (docs/semantics.md).
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 Weight = float | Sequence[float] | Tensor | None
 
@@ -26,7 +26,8 @@ def activation_options(sigmoid: bool, softmax: bool, other_act: Callable[[Tensor
         raise TypeError(f"other_act must be None or callable but is {type(other_act).__name__}.")
     if int(sigmoid) + int(softmax) + int(other_act is not None) > 1:
         raise ValueError(
-            "Incompatible values: more than 1 of [sigmoid=True, softmax=True, other_act is not None]."
+            "Incompatible values: more than 1 of [sigmoid=True, softmax=True, other_act is not None]. "
+            f"Got sigmoid={sigmoid}, softmax={softmax}, other_act={other_act}; keep one."
         )
 
 
@@ -64,7 +65,9 @@ def tensors(logits: Any, target: Any, mask: Any) -> None:
     if logits.ndim < 2:
         raise IndexError(f"logits: got shape {tuple(logits.shape)}, expected (B, C, *spatial)")
     if logits.is_complex():
-        raise TypeError("logits: got complex numbers, expected a real floating dtype")
+        raise TypeError(
+            f"logits: got {logits.dtype}, expected a real floating dtype; use logits.real or logits.abs()"
+        )
 
 
 def mask_shape(mask: Tensor | None, logits: Tensor) -> None:
@@ -76,15 +79,15 @@ def mask_shape(mask: Tensor | None, logits: Tensor) -> None:
     expected = (logits.shape[0], 1, *logits.shape[2:])
     if mask is not None and tuple(mask.shape) != expected and tuple(mask.shape) != (1, *expected[1:]):
         raise ValueError(
-            f"mask: got shape {tuple(mask.shape)}, expected {expected} "
-            "(one weight a voxel, shared by the classes)"
+            f"mask: got shape {tuple(mask.shape)}, expected {expected}: one weight a voxel, shared by the "
+            "classes; a map (B, *S) wants mask[:, None], factors of classes go into `weight`"
         )
 
 
 def non_negative(name: str, value: float) -> None:
     """Raises ValueError for a factor below zero."""
     if value < 0.0:
-        raise ValueError(f"{name} should be no less than 0.0.")
+        raise ValueError(f"{name} should be no less than 0.0. Got {value}; 0 switches its term off.")
 
 
 def as_weight(weight: Weight) -> Tensor | None:
@@ -92,7 +95,8 @@ def as_weight(weight: Weight) -> Tensor | None:
     return None if weight is None else torch.as_tensor(weight)
 
 
-_checked: weakref.WeakKeyDictionary[Tensor, int] = weakref.WeakKeyDictionary()
+# By identity: the keys of a plain weak dictionary are compared with ==, which tensors answer elementwise.
+_checked = WeakTensorKeyDictionary()
 
 
 def class_weight(weight: Tensor | None, classes: int) -> Tensor | None:
@@ -114,10 +118,17 @@ def class_weight(weight: Tensor | None, classes: int) -> Tensor | None:
             "If `include_background=False`, the weight should not include the background category class 0. "
             f"Got {weight.shape[0]}, expected {classes}."
         )
-    if not torch.compiler.is_compiling() and _checked.get(weight) != weight._version:
+    if torch.compiler.is_compiling():
+        return weight
+    # A tensor of inference mode counts no versions: it is read every time.
+    version = None if weight.is_inference() else weight._version
+    if version is None or _checked.get(weight) != version:
         if bool((weight < 0).any()):
-            raise ValueError("the value/values of the `weight` should be no less than 0.")
-        _checked[weight] = weight._version
+            raise ValueError(
+                f"the value/values of the `weight` should be no less than 0. Got {weight.min().item()}; "
+                "0 leaves a class out."
+            )
+        _checked[weight] = version
     return weight
 
 
@@ -172,7 +183,7 @@ def factor(name: str, value: float | Tensor, logits: Tensor) -> Tensor | None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: got {value.numel()} values, expected one number")
-        return value.to(device=logits.device, dtype=torch.float64)
+        return value.reshape(()).to(device=logits.device, dtype=torch.float64)
     non_negative(name, value)
     return None if value == 1.0 else torch.tensor(value, dtype=torch.float64, device=logits.device)
 

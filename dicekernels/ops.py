@@ -113,7 +113,7 @@ def _eager_sums(logits: Tensor, target: Tensor, mask: Tensor | None, *args: Any)
     spec = _sums_spec(args)
     slots = eager.sums(logits, target, mask, spec)
     if spec.rows & BAD and logits.device.type == "cpu":
-        eager.check_labels(slots, target, logits.shape[1], spec)
+        eager.check_labels(slots, target, mask, logits.shape[1], spec)
     return slots
 
 

@@ -129,7 +129,12 @@ def prepare(
         notes.append("integer logits are copied once to float32")
     product_mask = False
     if ignore_index is not None and dense:
-        kept = _dense_ignore_mask(target, ignore_index)
+        by_class = 0 <= ignore_index < target.shape[1] != 1
+        # MONAI multiplies by a float32 mask, or by 1 - the values of the class.
+        promoted = torch.promote_types(
+            promoted, target.dtype if by_class and target.is_floating_point() else torch.float32
+        )
+        kept = _dense_ignore_mask(target, ignore_index, torch.promote_types(promoted, torch.float32))
         product_mask = mask is None
         mask = kept if mask is None else mask * kept
         notes.append("ignore_index of a dense target makes a voxel mask (B, 1, *S)")
@@ -173,12 +178,10 @@ def _check_target(logits: Tensor, target: Tensor, dense: bool) -> None:
         raise AssertionError(f"ground truth has different shape ({target.shape}) from input ({logits.shape})")
 
 
-def _dense_ignore_mask(target: Tensor, ignore_index: int) -> Tensor:
-    """MONAI's create_ignore_mask for a target of values: see docs/semantics.md, "ignore_index"."""
+def _dense_ignore_mask(target: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """MONAI's create_ignore_mask for a target of values: see docs/semantics.md, "Masks"."""
     if target.shape[1] == 1:
-        return target != ignore_index
+        return (target != ignore_index).to(dtype)
     if 0 <= ignore_index < target.shape[1]:
-        return 1 - target[:, ignore_index : ignore_index + 1].to(
-            torch.promote_types(target.dtype, torch.uint8)
-        )
-    return target.sum(1, keepdim=True) > 0
+        return 1 - target[:, ignore_index : ignore_index + 1].to(dtype)
+    return (target.sum(1, keepdim=True) > 0).to(dtype)

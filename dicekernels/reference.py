@@ -155,7 +155,7 @@ def ignore_mask(target: Tensor, ignore_index: int) -> Tensor:
         return (target != ignore_index).to(torch.float32)
     if 0 <= ignore_index < target.shape[1]:
         chosen = target[:, ignore_index : ignore_index + 1]
-        return 1 - (chosen if chosen.is_floating_point() else chosen.to(torch.float32))
+        return 1 - chosen.to(torch.float64)
     return (target.sum(1, keepdim=True) > 0).to(torch.float32)
 
 
@@ -331,15 +331,18 @@ def dice_ce_loss(
     soft_label: bool = False,
     ce_include_background: bool = True,
     mask: Tensor | None = None,
+    dice_weight: ClassWeight = None,
 ) -> Tensor:
     """lambda_dice * Dice + lambda_ce * (softmax CE, or BCE for one channel) of the raw logits.
 
     ``weight`` has one entry per class, background included; the Dice half drops the first entry
-    when the background is excluded. For one channel it is the BCE's positive weight.
+    when the background is excluded, or takes ``dice_weight``. For one channel it is the BCE's positive weight.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: got {reduction!r}, expected 'mean' or 'sum'")
     w = None if weight is None else torch.as_tensor(weight)
+    if dice_weight is None and w is not None:
+        dice_weight = w if w.ndim == 0 or include_background else w[1:]
     dice = dice_loss(
         logits,
         target,
@@ -354,7 +357,7 @@ def dice_ce_loss(
         smooth_nr=smooth_nr,
         smooth_dr=smooth_dr,
         batch=batch,
-        weight=w if w is None or w.ndim == 0 or include_background else w[1:],
+        weight=dice_weight,
         soft_label=soft_label,
         ignore_index=ignore_index,
         mask=mask,

@@ -92,6 +92,8 @@ def region_sums(
     checks.mask_shape(mask, logits)
     checks.region_options(logits, target, activation, overlap, voxel_term, mask_mode, first_class)
     logits, target = plain(logits), plain(target)
+    if logits.shape[1] == 1 and target.ndim == logits.ndim - 1:
+        target = target[:, None]
     dense = target.shape == logits.shape
     if dense and ignore_index is not None:
         raise ValueError("ignore_index: got it with a target of values, expected a label map; pass mask=")
@@ -116,8 +118,14 @@ def region_sums(
         focal_gamma=float(gamma),
         first_class=first_class,
     )
-    others = [tensor for tensor in (target, mask) if tensor is not None and tensor.requires_grad]
+    others = [n for n, x in (("target", target), ("mask", mask)) if x is not None and x.requires_grad]
     if others and torch.is_grad_enabled():
+        forced = dispatch.forced_backend()
+        if forced not in (None, "eager"):
+            raise RuntimeError(
+                f"backend {forced!r} was forced, but {others[0]} requires a gradient, and the kernels "
+                "differentiate the logits alone; detach it or force 'eager'"
+            )
         totals = eager.sums(logits, target, mask, spec).sum(1)
     else:
         totals = _RegionSumsFunction.apply(logits, target, mask, spec, dispatch.choose(logits).namespace)  # type: ignore[no-untyped-call]

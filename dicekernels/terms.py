@@ -31,16 +31,9 @@ def reduction_of(value: str) -> Reduction:
     return _REDUCTIONS[checks.option("reduction", value, ("mean", "sum", "none"))]
 
 
-def overlap_of(inputs: Inputs, squared_pred: bool, soft_label: bool) -> Overlap:
-    """squared_pred wins over soft_label, and both want floating values (MONAI's vector norms)."""
-    if not (squared_pred or soft_label):
-        return Overlap.PRODUCT
-    if inputs.dense and not inputs.target.is_floating_point():
-        raise RuntimeError(
-            f"target: got {inputs.target.dtype} values, expected a floating dtype for squared_pred or "
-            "soft_label; use target.float()"
-        )
-    return Overlap.SQUARED if squared_pred else Overlap.MIN
+def overlap_of(squared_pred: bool, soft_label: bool) -> Overlap:
+    """squared_pred wins over soft_label, as in MONAI."""
+    return Overlap.SQUARED if squared_pred else Overlap.MIN if soft_label else Overlap.PRODUCT
 
 
 def overlap_call(inputs: Inputs, overlap: Overlap, finish: FinishSpec) -> Call:

@@ -89,9 +89,7 @@ def test_pins_cover_the_extras_and_satisfy_them() -> None:
         (specifier,) = pin.specifier
         assert specifier.operator == "=="
         pinned.setdefault(pin.name, []).append(specifier.version)
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     wanted = [Requirement(text) for name in ("demo", "bench", "dev") for text in extras[name]]
     assert {requirement.name for requirement in wanted} == set(pinned)
     for requirement in wanted:
@@ -145,8 +143,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 def test_wheel_runs_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
-        "from dicekernels.backends import native\n"
-        "print(native.library_path('cpu'), native.load_error('cpu'))"
+        "from dicekernels.backends import native\nprint(native.library_path('cpu'), native.load_error('cpu'))"
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(

@@ -6,6 +6,9 @@ functions have the signatures of the ops; :func:`loss` composes them for autogra
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,6 +42,17 @@ class LabelRangeError(ValueError, RuntimeError):
     """A label map holds labels outside [0, C) that are not ``ignore_index``."""
 
 
+@contextmanager
+def recording() -> Iterator[None]:
+    """enable_grad that holds inside ops: compiled graphs and dispatch modes run those below autograd."""
+    off = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        off = off.remove(key)
+    on = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(on, off), torch.enable_grad():
+        yield
+
+
 class Piece:
     """A few chunks of every class in the accumulation dtype: z, g (B, C, v) and the weight m (B, 1, v).
 
@@ -64,15 +78,12 @@ class Piece:
         if spec.dense:
             g = target.flatten(2)[:, :, window].to(self.dtype)
         else:
-            labels = target.reshape(samples, 1, -1)[:, :, window].long()
-            weighed = m != 0
+            labels = target.reshape(samples, 1, -1)[:, :, window]
+            ignored = ignored_labels(labels, spec)
+            labels = labels.long()
             kept = (labels >= 0) & (labels < classes)
-            if spec.ignore_index is not None:
-                ignored = labels == spec.ignore_index
-                self.bad = (~kept & ~ignored & weighed).sum(dtype=torch.float64)
-                kept = kept & ~ignored
-            else:
-                self.bad = (~kept & weighed).sum(dtype=torch.float64)
+            self.bad = (~kept & ~ignored & (m != 0)).sum(dtype=torch.float64)
+            kept = kept & ~ignored
             m = m * kept
             channels = torch.arange(classes, device=labels.device).view(1, -1, 1)
             g = (torch.where(kept, labels, -1) == channels).to(self.dtype)
@@ -98,6 +109,8 @@ class Piece:
         elif self.spec.overlap == Overlap.VOXEL_SQUARED:
             tp, fp, fn = p * p * g, p * p * (1 - g), (1 - p) ** 2 * g
         else:
+            # In double: where p and g differ in sign the three cancel, and the rounding of float32 is left.
+            p, g, m = p.double(), g.double(), m.double()
             tp = (p.abs() + g.abs() - (p - g).abs()) / 2
             fp, fn = p.abs() - tp, g.abs() - tp
         return m * tp, m * fp, m * fn
@@ -117,7 +130,11 @@ class Piece:
             loss = m * torch.exp(spec.focal_gamma * F.logsigmoid(-z * (2 * g - 1))) * bce
             return {POS: g * loss, NEG: (1 - g) * loss}
         log_p = torch.log_softmax(z[:, spec.first_class :], 1)
-        loss = (1 - log_p.exp()) ** spec.focal_gamma * -log_p
+        loss = -log_p
+        if spec.focal_gamma != 0:
+            rest = 1 - log_p.exp()
+            certain = rest <= 0  # there the slope of rest^gamma is infinite for gamma < 1
+            loss = torch.where(certain, 0.0, torch.where(certain, 1.0, rest) ** spec.focal_gamma * loss)
         loss = torch.cat([torch.zeros_like(z[:, : spec.first_class]), loss], 1)
         return {POS: m * g * loss}
 
@@ -214,7 +231,7 @@ def finish_with_coef(
     batch_voxels: int,
 ) -> tuple[Tensor, Tensor]:
     """Loss and coef = dLoss/dsums (B, C, R), as the op ``finish`` returns them."""
-    with torch.enable_grad():
+    with recording():
         totals = slots.detach().sum(1).requires_grad_()
         value = formulas.finish(
             totals,
@@ -233,15 +250,24 @@ def finish_with_coef(
     return value.detach(), coef
 
 
-def check_labels(slots: Tensor, target: Tensor, classes: int, spec: SumsSpec) -> None:
+def ignored_labels(labels: Tensor, spec: SumsSpec) -> Tensor:
+    """Where a label map holds ``ignore_index``: float labels before their truncation, 0.7 is not 0."""
+    if spec.ignore_index is None:
+        return torch.zeros_like(labels, dtype=torch.bool)
+    # No integer dtype but int64 holds every index, no float dtype but float64.
+    exact = labels.double() if labels.is_floating_point() else labels.long()
+    return exact == spec.ignore_index
+
+
+def check_labels(slots: Tensor, target: Tensor, mask: Tensor | None, classes: int, spec: SumsSpec) -> None:
     """Raises LabelRangeError from the BAD row; only where reading it costs no synchronisation."""
     count = int(slots[..., -1].sum())
     if count == 0:
         return
     labels = target.flatten().long()
-    wrong = (labels < 0) | (labels >= classes)
-    if spec.ignore_index is not None:
-        wrong &= labels != spec.ignore_index
+    wrong = ((labels < 0) | (labels >= classes)) & ~ignored_labels(target.flatten(), spec)
+    if mask is not None:
+        wrong &= mask.flatten() != 0
     at = int(wrong.nonzero()[0])
     voxels = max(1, labels.numel() // max(1, slots.shape[0]))
     raise LabelRangeError(
@@ -271,7 +297,7 @@ def sums_backward(
     flat = gradient.flatten(2) if gradient.numel() else gradient
     shares = flat.data_ptr() == gradient.data_ptr()
     for first, count in _pieces(logits, chunk):
-        with torch.enable_grad():
+        with recording():
             # The piece of the leaf alone requires grad, so that the graph is as small as the piece.
             part = logits.detach().flatten(2)[:, :, first : first + count].requires_grad_()
             target_part = target.flatten(2) if spec.dense else target.reshape(samples, 1, -1)

@@ -1,0 +1,20 @@
+"""What every test module shares: the backends of this machine, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+import dicekernels
+
+
+@pytest.fixture(params=["cpu", "eager"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Forces one backend for the test and gives its name; skips with the reason if it is not here."""
+    name: str = request.param
+    reason = dicekernels.available_backends()[name]
+    if reason:
+        pytest.skip(f"backend {name!r}: {reason}")
+    with dicekernels.use_backend(name):
+        yield name
