@@ -29,13 +29,18 @@ def record() -> Iterator[list[Call | str]]:
         _recorder = before
 
 
+def record_line(line: str) -> None:
+    """Notes what a function of this package does without a Call."""
+    if _recorder is not None:
+        _recorder.append(line)
+
+
 def record_dense(reason: str) -> None:
     """Notes a loss that dense PyTorch computes."""
     forced = dispatch.forced_backend()
     if forced not in (None, "eager"):
         raise RuntimeError(f"backend {forced!r} was forced, but {reason}; force 'eager' or none")
-    if _recorder is not None:
-        _recorder.append(f"backend: eager (dense PyTorch: {reason})")
+    record_line(f"backend: eager (dense PyTorch: {reason})")
 
 
 def _distinct(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

@@ -5,8 +5,6 @@ Differentiable with respect to the sums, the weights and the lambdas. Formulas: 
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 from torch import Tensor
 
@@ -57,17 +55,10 @@ def finish(
     Returns:
         float64 of shape ``spec.loss_shape(B, C)``.
     """
-    row = {
-        bit: totals[..., row_index(rows, bit)] for bit in (I, FP, FN, G, POS, NEG, LS, N, BAD) if rows & bit
-    }
+    row = _rows(totals, rows)
     loss = totals.new_zeros(())
     if spec.formula != Formula.NONE:
-        overlap = {
-            bit: row[bit].sum(0, keepdim=True) if spec.batch else row[bit]
-            for bit in (I, FP, FN, G)
-            if bit in row
-        }
-        overlap = {bit: value[:, spec.skipped :] for bit, value in overlap.items()}
+        overlap = _overlap_rows(row, spec)
         terms = (
             finish_generalized(overlap, spec)
             if spec.formula == Formula.GENERALIZED
@@ -92,48 +83,30 @@ def finish(
 
 def finish_ratio(row: dict[int, Tensor], spec: FinishSpec) -> Tensor:
     """Dice, Jaccard and Tversky terms (groups, classes)."""
-    errors = spec.alpha * row[FP] + spec.beta * row[FN]
+    score, miss, _ = _ratio(spec.kappa * row[I], spec.alpha * row[FP] + spec.beta * row[FN], spec)
     if spec.transform == Transform.LOG:
-        hits = spec.kappa * row[I]
-        score = (hits + spec.smooth_nr) / (hits + errors + spec.smooth_dr)
         return -torch.log(score.clamp_min(LOWEST_SCORE))
-    miss = one_minus_ratio(spec.kappa * row[I], errors, spec)
     if spec.transform == Transform.POWER:
         perfect = miss <= 0  # -inf is, NaN is not
         return torch.where(perfect, 0.0, torch.where(perfect, 1.0, miss) ** spec.exponent)
     return miss
 
 
-def one_minus_ratio(hits: Tensor, errors: Tensor, spec: FinishSpec) -> Tensor:
-    """1 - (hits + nr) / (hits + errors + dr)."""
-    return cast(Tensor, _Miss.apply(hits, errors, spec.smooth_nr, spec.smooth_dr))  # type: ignore[no-untyped-call]
-
-
-class _Miss(torch.autograd.Function):
-    """miss = (errors + dr - nr) / (hits + errors + dr), with the slopes -miss / bottom and score / bottom: neither
-    the value of a nearly perfect prediction nor the slope of a wholly wrong one is a small difference."""
-
-    @staticmethod
-    def forward(ctx: Any, hits: Tensor, errors: Tensor, nr: float, dr: float) -> Tensor:
-        ctx.save_for_backward(hits, errors)
-        ctx.smooth = nr, dr
-        return (errors + dr - nr) / (hits + errors + dr)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        hits, errors = ctx.saved_tensors
-        nr, dr = ctx.smooth
-        bottom = hits + errors + dr
-        miss, score = (errors + dr - nr) / bottom, (hits + nr) / bottom
-        return -grad * miss / bottom, grad * score / bottom, None, None
-
-
 def finish_generalized(row: dict[int, Tensor], spec: FinishSpec) -> Tensor:
     """Generalized Dice terms (groups, 1); infinite class weights become the largest finite one."""
     weight = gdl_class_weight(row[G], spec.gdl_weight)
-    miss = row[FP] + row[FN]
-    hits = (weight * 2 * row[I]).sum(1, keepdim=True)
-    return one_minus_ratio(hits, (weight * miss).sum(1, keepdim=True), spec)
+    hits, errors = 2 * weight * row[I], weight * (row[FP] + row[FN])
+    return _ratio(hits.sum(1, keepdim=True), errors.sum(1, keepdim=True), spec)[1]
+
+
+def _ratio(hits: Tensor, errors: Tensor, spec: FinishSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """score = (hits + nr) / bottom, miss = 1 - score and bottom = hits + errors + dr.
+
+    Neither the miss of a nearly perfect prediction nor the score of a wholly wrong one is taken as a
+    small difference.
+    """
+    bottom = hits + errors + spec.smooth_dr
+    return (hits + spec.smooth_nr) / bottom, (errors + spec.smooth_dr - spec.smooth_nr) / bottom, bottom
 
 
 def gdl_class_weight(volume: Tensor, kind: GdlWeight) -> Tensor:
@@ -158,26 +131,116 @@ def finish_voxel(
 ) -> Tensor:
     """Cross entropy, BCE or focal loss of the whole batch, a scalar."""
     classes = row[POS].shape[1]
-    ones = row[POS].new_ones(classes)
-    pos = (ones if pos_weight is None else pos_weight.reshape(-1).to(ones)).clone()
-    neg = (ones if neg_weight is None else neg_weight.reshape(-1).to(ones)).clone()
-    pos[: spec.voxel_skipped] = 0
-    neg[: spec.voxel_skipped] = 0
+    pos, neg = (_voxel_weight(weight, row, spec) for weight in (pos_weight, neg_weight))
     total = (1 - spec.label_smoothing) * (row[POS] * pos).sum()
     if LS in row:
         total = total + spec.label_smoothing / classes * (row[LS] * pos).sum()
     if NEG in row:
         total = total + (row[NEG] * neg).sum()
-    voxels = row[N][:, 0].sum()
-    denominator = torch.ones_like(voxels)
-    if spec.denominator == Denominator.VOXELS:
-        denominator = voxels
-    elif spec.denominator == Denominator.WEIGHTS:
-        denominator = (row[G] * pos).sum()
-    elif spec.denominator == Denominator.ELEMENTS:
-        denominator = voxels * (classes - spec.voxel_skipped)
+    denominator = _denominator(row, pos, spec)
     if batch_voxels == 0:
         return total / denominator
     # Nothing to learn from (all voxels ignored, or only classes of weight 0): 0, not 0/0.
     nothing = denominator == 0
     return torch.where(nothing, 0.0 * total, total / torch.where(nothing, 1.0, denominator))
+
+
+def coef(
+    totals: Tensor,
+    class_weight: Tensor | None,
+    pos_weight: Tensor | None,
+    neg_weight: Tensor | None,
+    region_lambda: Tensor | None,
+    voxel_lambda: Tensor | None,
+    rows: int,
+    spec: FinishSpec,
+    batch_voxels: int,
+) -> Tensor:
+    """dLoss/dtotals (B, C, R) in closed form; arguments as :func:`finish`.
+
+    For reduction "none" the slope of the one loss that a sum belongs to.
+    """
+    row = _rows(totals, rows)
+    slopes: dict[int, Tensor] = {}
+    if spec.formula != Formula.NONE:
+        overlap = _overlap_rows(row, spec)
+        generalized = spec.formula == Formula.GENERALIZED
+        slopes = (slopes_generalized if generalized else slopes_ratio)(overlap, spec)
+        groups, classes = overlap[I].shape
+        terms = max(1, groups * (1 if generalized else classes))  # an empty batch has none
+        share = 1 / terms if spec.reduction == Reduction.MEAN else 1.0
+        scale = totals.new_tensor(share)
+        if region_lambda is not None:
+            scale = scale * region_lambda.to(totals)
+        if class_weight is not None and not generalized:
+            scale = scale * class_weight.to(totals)
+        slopes = {bit: scale * value for bit, value in slopes.items()}
+    out = torch.zeros_like(totals)
+    for bit, value in slopes.items():
+        out[:, spec.skipped :, row_index(rows, bit)] = value
+    if POS in row:
+        classes = row[POS].shape[1]
+        pos, neg = (_voxel_weight(weight, row, spec) for weight in (pos_weight, neg_weight))
+        denominator = _denominator(row, pos, spec)
+        scale = 1 / denominator if voxel_lambda is None else voxel_lambda.to(totals) / denominator
+        if batch_voxels > 0:
+            scale = torch.where(denominator == 0, 0.0, scale)
+        out[..., row_index(rows, POS)] = scale * (1 - spec.label_smoothing) * pos
+        if LS in row:
+            out[..., row_index(rows, LS)] = scale * spec.label_smoothing / classes * pos
+        if NEG in row:
+            out[..., row_index(rows, NEG)] = scale * neg
+    return torch.where(row[BAD].sum() > 0, 0.0, out) if BAD in row else out
+
+
+def slopes_ratio(row: dict[int, Tensor], spec: FinishSpec) -> dict[int, Tensor]:
+    """Slopes of :func:`finish_ratio` in I, FP and FN."""
+    score, miss, bottom = _ratio(spec.kappa * row[I], spec.alpha * row[FP] + spec.beta * row[FN], spec)
+    outer = torch.ones_like(miss)
+    if spec.transform == Transform.LOG:
+        outer = torch.where(score < LOWEST_SCORE, 0.0, 1 / score)
+    elif spec.transform == Transform.POWER:
+        outer = torch.where(miss <= 0, 0.0, spec.exponent * miss ** (spec.exponent - 1))
+    by_error = outer * score / bottom
+    return {I: -outer * spec.kappa * miss / bottom, FP: spec.alpha * by_error, FN: spec.beta * by_error}
+
+
+def slopes_generalized(row: dict[int, Tensor], spec: FinishSpec) -> dict[int, Tensor]:
+    """Slopes of :func:`finish_generalized` in I, FP and FN; the weights are constants."""
+    weight = gdl_class_weight(row[G], spec.gdl_weight)
+    hits, errors = 2 * weight * row[I], weight * (row[FP] + row[FN])
+    score, miss, bottom = _ratio(hits.sum(1, keepdim=True), errors.sum(1, keepdim=True), spec)
+    by_error = weight * score / bottom
+    return {I: -2 * weight * miss / bottom, FP: by_error, FN: by_error}
+
+
+def _rows(totals: Tensor, rows: int) -> dict[int, Tensor]:
+    bits = (I, FP, FN, G, POS, NEG, LS, N, BAD)
+    return {bit: totals[..., row_index(rows, bit)] for bit in bits if rows & bit}
+
+
+def _overlap_rows(row: dict[int, Tensor], spec: FinishSpec) -> dict[int, Tensor]:
+    """(groups, K): added up over the batch if asked for, without the skipped classes."""
+    return {
+        bit: (row[bit].sum(0, keepdim=True) if spec.batch else row[bit])[:, spec.skipped :]
+        for bit in (I, FP, FN, G)
+        if bit in row
+    }
+
+
+def _voxel_weight(weight: Tensor | None, row: dict[int, Tensor], spec: FinishSpec) -> Tensor:
+    ones = row[POS].new_ones(row[POS].shape[1])
+    used = ones if weight is None else weight.reshape(-1).to(ones).clone()
+    used[: spec.voxel_skipped] = 0
+    return used
+
+
+def _denominator(row: dict[int, Tensor], pos: Tensor, spec: FinishSpec) -> Tensor:
+    voxels = row[N][:, 0].sum()
+    if spec.denominator == Denominator.VOXELS:
+        return voxels
+    if spec.denominator == Denominator.WEIGHTS:
+        return (row[G] * pos).sum()
+    if spec.denominator == Denominator.ELEMENTS:
+        return voxels * (row[N].shape[1] - spec.voxel_skipped)
+    return torch.ones_like(voxels)

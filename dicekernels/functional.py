@@ -54,6 +54,8 @@ _F = TypeVar("_F", bound=Callable[..., Tensor])
 
 def _dense_reason(logits: Tensor, target: Tensor, options: dict[str, Any]) -> str:
     """Why the kernels cannot run a problem that the oracle can, or ""."""
+    if not all(isinstance(tensor, Tensor) for tensor in (logits, target)):
+        return ""  # the checks name it
     if logits.ndim == 2:
         return "the logits have no spatial dimensions"
     index, labels = options.get("ignore_index"), options.get("to_onehot_y")
@@ -71,8 +73,6 @@ def _or_dense(oracle: Callable[..., Tensor]) -> Callable[[_F], _F]:
     def decorate(function: _F) -> _F:
         @functools.wraps(function)
         def loss(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
-            if not isinstance(logits, Tensor) or not isinstance(target, Tensor):
-                return function(logits, target, **options)
             reason = _dense_reason(logits, target, options)
             if not reason:
                 return function(logits, target, **options)
@@ -291,13 +291,13 @@ def dice_ce_loss(
     soft_label: bool = False,
     ce_include_background: bool = True,
     mask: Tensor | None = None,
-    dice_weight: checks.Weight = None,
+    dice_weight: checks.Weight | str = "weight",
 ) -> Tensor:
     """lambda_dice x Dice loss + lambda_ce x cross entropy (BCE for one channel), from one pass.
 
     Options as ``monai.losses.DiceCELoss``. ``weight`` has one value for every class, the background
-    included; the Dice term takes it without the background if that is excluded, or takes
-    ``dice_weight`` in its place. ``ignore_index`` leaves voxels out of both terms; the mean of the
+    included; the Dice term takes it without the background if that is excluded, unless ``dice_weight``
+    (None: no weight) says otherwise. ``ignore_index`` leaves voxels out of both terms; the mean of the
     cross entropy is over the others (0 if there are none). ``soft_label`` is that of
     :func:`dice_loss`. ``ce_include_background=False`` gives the background weight 0 in the cross
     entropy. A lambda may be a 0-dim tensor: a warm-up then changes its value and recompiles nothing.
@@ -320,8 +320,10 @@ def dice_ce_loss(
         ignore_index,
     )
     voxel_weight = checks.as_weight(weight)
-    if dice_weight is None and voxel_weight is not None:
-        dice_weight = voxel_weight[inputs.skipped :] if voxel_weight.ndim else voxel_weight
+    if isinstance(dice_weight, str):
+        dice_weight = voxel_weight
+        if voxel_weight is not None and voxel_weight.ndim > 0:
+            dice_weight = voxel_weight[inputs.skipped :]
     class_weight = checks.class_weight(checks.as_weight(dice_weight), inputs.classes)
     voxel_weight = checks.ce_weight(voxel_weight, logits.shape[1])
     term = ce_term(inputs, reduction, voxel_weight is not None, label_smoothing, ce_include_background)

@@ -2,7 +2,7 @@
 
 Shapes: logits (B, C, *S) floating; target labels (B, 1, *S) or (B, *S), or values (B, C, *S); mask (B, 1, *S)
 voxel weights; sums (B, K, C, R) float64, K = chunk_count(V), R = rows that are on; coef (B, C, R)
-float64 = dLoss/dsums;
+float64 = dLoss/dsums for the rows that depend on the logits, 0 for G, N and BAD;
 loss () or (groups, outputs) float64; gradient as the logits in shape, dtype and strides.
 
 Every namespace has the same schemas: ``dicekernels`` is filled by the binary (CPU), ``dicekernels_eager`` by
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import finish as formulas
 from .backends import eager, native
 from .backends.eager import LabelRangeError
 from .spec import (
@@ -127,17 +128,9 @@ def _eager_finish(
     rows: int,
     *args: Any,
 ) -> tuple[Tensor, Tensor]:
-    return eager.finish_with_coef(
-        sums,
-        class_weight,
-        pos_weight,
-        neg_weight,
-        region_lambda,
-        voxel_lambda,
-        rows,
-        _finish_spec(args),
-        args[-1],
-    )
+    arguments = (sums.sum(1), class_weight, pos_weight, neg_weight, region_lambda, voxel_lambda, rows)
+    spec, batch_voxels = _finish_spec(args), args[-1]
+    return formulas.finish(*arguments, spec, batch_voxels), formulas.coef(*arguments, spec, batch_voxels)
 
 
 def _eager_sums_backward(

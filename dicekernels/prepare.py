@@ -122,7 +122,8 @@ def prepare(
         logits.dtype if logits.is_floating_point() else torch.float32,
         target.dtype if dense else torch.float32,
     )
-    if torch.is_autocast_enabled(logits.device.type):
+    device = logits.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         promoted = torch.promote_types(promoted, torch.float32)
     if not logits.is_floating_point():
         logits = logits.float()

@@ -331,18 +331,19 @@ def dice_ce_loss(
     soft_label: bool = False,
     ce_include_background: bool = True,
     mask: Tensor | None = None,
-    dice_weight: ClassWeight = None,
+    dice_weight: ClassWeight | str = "weight",
 ) -> Tensor:
     """lambda_dice * Dice + lambda_ce * (softmax CE, or BCE for one channel) of the raw logits.
 
     ``weight`` has one entry per class, background included; the Dice half drops the first entry
-    when the background is excluded, or takes ``dice_weight``. For one channel it is the BCE's positive weight.
+    when the background is excluded, or takes ``dice_weight``. For one channel it is the
+    BCE's positive weight.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: got {reduction!r}, expected 'mean' or 'sum'")
     w = None if weight is None else torch.as_tensor(weight)
-    if dice_weight is None and w is not None:
-        dice_weight = w if w.ndim == 0 or include_background else w[1:]
+    if isinstance(dice_weight, str):
+        dice_weight = w if w is None or w.ndim == 0 or include_background else w[1:]
     dice = dice_loss(
         logits,
         target,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import checks, dispatch
 from .backends import eager
+from .evaluate import record_line
 from .ops import RegionSums as _RegionSumsFunction
 from .prepare import plain
 from .spec import (
@@ -126,9 +127,12 @@ def region_sums(
                 f"backend {forced!r} was forced, but {others[0]} requires a gradient, and the kernels "
                 "differentiate the logits alone; detach it or force 'eager'"
             )
+        record_line(f"backend: eager ({others[0]} requires a gradient); region_sums")
         totals = eager.sums(logits, target, mask, spec).sum(1)
     else:
-        totals = _RegionSumsFunction.apply(logits, target, mask, spec, dispatch.choose(logits).namespace)  # type: ignore[no-untyped-call]
+        backend = dispatch.choose(logits)
+        record_line(f"backend: {backend.name}; region_sums of {', '.join(row_names(rows))}")
+        totals = _RegionSumsFunction.apply(logits, target, mask, spec, backend.namespace)  # type: ignore[no-untyped-call]
     named = dict(zip(row_names(rows), totals.unbind(-1), strict=True))
     named.pop("BAD", None)
     return RegionSums(**named)

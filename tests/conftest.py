@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 import dicekernels
+
+# Tests run beside each other: threads that wait for a core cost more than they compute.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(params=["cpu", "eager"])

@@ -54,7 +54,7 @@ def table(rows: int, classes: int, **values: list[float]) -> Tensor:
     return slots
 
 
-def assert_equal(ours: Tensor, truth: Tensor, name: str) -> None:
+def assert_equal(ours: Tensor, truth: Tensor, name: str, floor: float = 0.0) -> None:
     """To 1e-12 of the largest finite value: both are a few operations in double. Non-finite values match."""
     assert ours.shape == truth.shape, name
     assert ours.dtype == truth.dtype == F64
@@ -64,7 +64,7 @@ def assert_equal(ours: Tensor, truth: Tensor, name: str) -> None:
     finite = truth.isfinite()
     if finite.any():
         worst = (ours - truth)[finite].abs().max()
-        assert worst <= 1e-12 * truth[finite].abs().max(), f"{name}: {worst}\n{ours}\n{truth}"
+        assert worst <= 1e-12 * truth[finite].abs().max() + floor, f"{name}: {worst}\n{ours}\n{truth}"
 
 
 def exactly(got: Tensor, expected: list[float] | float) -> None:
@@ -289,13 +289,15 @@ def test_cpp_equals_its_twin_and_the_twins_autograd(block):
         assert truth.shape == spec.loss_shape(*totals.shape[:2])
         assert_equal(loss, truth.detach(), f"loss {label}")
         (slope,) = torch.autograd.grad(truth.sum(), totals, allow_unused=True)
+        # Autograd takes a slope as the difference of two terms of size 1 / denominator >= 1 / dr.
+        floor = 1e-15 / spec.smooth_dr if spec.smooth_dr else 0.0
         for bit in (1 << at for at in range(len(ROWS))):
             if rows & bit & DIFFERENTIABLE:
                 at = row_index(rows, bit)
-                assert_equal(coef[..., at], slope[..., at], f"slope {row_names(bit)} {label}")
+                assert_equal(coef[..., at], slope[..., at], f"slope {row_names(bit)} {label}", floor)
         eager = run("eager", slots, rows, spec, voxels, **weights)
         assert_equal(eager[0], truth.detach(), f"eager loss {label}")
-        assert_equal(torch.nan_to_num(eager[1]), torch.nan_to_num(slope), f"eager slopes {label}")
+        assert_equal(eager[1], coef, f"eager slopes {label}")
         checked += 1
     assert checked >= 10
 

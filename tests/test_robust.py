@@ -10,7 +10,6 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import monai.losses
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 import dicekernels
-from dicekernels import LabelRangeError, functional, region_sums
+from dicekernels import LabelRangeError, functional, reference, region_sums
 from dicekernels.testing import assert_close_to_truth, assert_gradient_close
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -324,7 +323,9 @@ def test_no_samples_and_no_voxels(
         target = target.float()
     options = {"to_onehot_y": shape[1] > 1, "sigmoid": True, "reduction": reduction, "batch": batch}
     if name == "DiceCELoss" and reduction == "none":
-        pytest.skip("DiceCELoss has no reduction 'none'")
+        with pytest.raises(ValueError, match="reduction: got 'none'"):
+            LOSSES[name](logits, target, **options)
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = value_and_gradient(getattr(monai.losses, name)(**options), logits, target)
@@ -364,19 +365,21 @@ def test_one_voxel(name: str) -> None:
 
 
 def test_a_forced_backend_says_why_it_refuses(backend: str) -> None:
-    if backend == "eager":
-        pytest.skip("the eager backend takes everything")
-    dense = torch.rand(2, 3, 4, 5, requires_grad=True)
-    refused = {
-        "no spatial dimensions": partial(functional.dice_loss, Z[..., 0, 0], Y[..., 0, 0], to_onehot_y=True),
-        "target requires a gradient": partial(functional.dice_loss, Z, dense, softmax=True),
-        "ignored class of fractions": partial(
-            functional.dice_loss, Z, dense.detach(), softmax=True, ignore_index=1, mask=torch.ones(2, 1, 4, 5)
-        ),
-    }
-    for reason, call in refused.items():
-        with pytest.raises(RuntimeError, match=f"'{backend}' was forced.*{reason}"):
-            call()
+    """The eager backend takes what no kernel does, and gives the oracle's number."""
+    soft = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    cases: list[tuple[str, Tensor, Tensor, dict[str, Any]]] = [
+        ("no spatial dimensions", Z[..., 0, 0], Y[..., 0, 0], LABELS),
+        ("target requires a gradient", Z, soft.clone().requires_grad_(), {"softmax": True}),
+        ("ignored class of fractions", Z, soft, {"softmax": True, "ignore_index": 1, "mask": soft[:, :1]}),
+    ]
+    for reason, logits, target, options in cases:
+        if backend != "eager":
+            with pytest.raises(RuntimeError, match=f"'{backend}' was forced.*{reason}"):
+                functional.dice_loss(logits, target, **options)
+            continue
+        truth = reference.dice_loss(logits.double(), target, **options)
+        honest = reference.dice_loss(logits, target, **options)
+        assert_close_to_truth(functional.dice_loss(logits, target, **options), truth, honest, F32, reason)
 
 
 def test_an_unknown_backend_is_named() -> None:

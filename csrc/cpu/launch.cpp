@@ -129,13 +129,16 @@ Tensor sums_backward(const std::optional<Tensor>& grad_loss, const Tensor& logit
   const std::vector<double> scaled =
       scale_by_grad(grad_loss, coef, p.batch, p.classes, row_count(rows));
   Tensor gradient = torch::stable::empty_like(logits);
-  Tensor held;
-  const View out = view_of(gradient, 2, "gradient", &held);
+  // Permuted space has no single voxel stride: written contiguous, then copied.
+  const bool flat = flat_stride(gradient, 2).has_value();
+  Tensor written = flat ? gradient : torch::stable::new_empty(logits, logits.sizes()), held;
+  const View out = view_of(written, 2, "gradient", &held);
   const Kernels& run = kernels();
   const int64_t bytes = run.workspace_bytes(p);
   each_chunk(p, [&](int64_t b, int64_t, int64_t first, int64_t count) {
     run.sums_backward(p, scaled.data() + b * width, b, first, count, workspace(bytes), out);
   });
+  if (!flat) torch::stable::copy_(gradient, written);
   return gradient;
 }
 

@@ -157,14 +157,25 @@ inline int64_t read_labels(const Problem& problem, int64_t sample, int64_t first
     using S = std::remove_const_t<std::remove_pointer_t<decltype(tag)>>;
     using W = std::conditional_t<(sizeof(S) < 4 && std::is_integral_v<S>), int32_t, int64_t>;
     const S* source = static_cast<const S*>(view.data) + sample * view.batch + first * view.voxel;
-    const W classes = static_cast<W>(problem.classes),
-            ignore = static_cast<W>(problem.ignore_index);
-    const bool ignores = problem.has_ignore && ignore == problem.ignore_index;
+    const W classes = static_cast<W>(problem.classes);
+    const W ignore = static_cast<W>(problem.ignore_index);
+    // An index that the narrow type cannot hold is no label of it.
+    const bool has_ignore = problem.has_ignore && ignore == problem.ignore_index;
+    // Float labels are truncated, but compared with ignore_index as they are: 0.7 is not 0.
+    const auto ignored = [&](auto value) {
+      if constexpr (std::is_same_v<W, int32_t>)
+        return has_ignore & (value == ignore);
+      else if constexpr (std::is_integral_v<S>)
+        return has_ignore & (static_cast<int64_t>(value) == ignore);
+      else
+        return has_ignore & (static_cast<double>(value) == static_cast<double>(ignore));
+    };
     const int64_t stride = view.voxel;
     const auto read = [&](auto unit) {
       for (int64_t i = 0; i < n; ++i) {
-        const W label = static_cast<W>(widen(source[unit() ? i : i * stride]));
-        const bool valid = (label >= 0) & (label < classes) & !(ignores & (label == ignore));
+        const auto value = widen(source[unit() ? i : i * stride]);
+        const W label = static_cast<W>(value);
+        const bool valid = (label >= 0) & (label < classes) & !ignored(value);
         labels[i] = static_cast<T>(valid ? label : W{-1});
         invalid += !valid;
       }
@@ -172,8 +183,9 @@ inline int64_t read_labels(const Problem& problem, int64_t sample, int64_t first
     stride == 1 ? read(std::true_type{}) : read(std::false_type{});
     if (invalid == 0) return;
     for (int64_t i = 0; i < n; ++i) {
-      const W label = static_cast<W>(widen(source[i * stride]));
-      if ((label >= 0 && label < classes) || (ignores && label == ignore)) continue;
+      const auto value = widen(source[i * stride]);
+      const W label = static_cast<W>(value);
+      if ((label >= 0 && label < classes) || ignored(value)) continue;
       if (weights != nullptr && weights[i] == 0) continue;
       if (bad->count++ == 0) *bad = {1, sample, first + i, static_cast<int64_t>(label)};
     }

@@ -33,12 +33,14 @@ struct Accumulators {
   }
 };
 
+// One row of one class over one tile. It starts at zero and is added to its lanes at the end: two
+// levels of short sums, since many equal addends round the same way.
 template <class T>
 struct Sum {
   T* at;
-  Vec<T> value;
-  explicit Sum(T* at_) : at(at_), value(load<T>(at_)) {}
-  ~Sum() { store<T>(at, value); }
+  Vec<T> value = splat(T{0});
+  explicit Sum(T* at_) : at(at_) {}
+  ~Sum() { store<T>(at, load<T>(at) + value); }
   DK_INLINE void add(Vec<T> x) { value = value + x; }
 };
 
@@ -60,13 +62,13 @@ void overlap_rows(const Tile<T>& tile, const Accumulators<T>& sums, int64_t c, c
       fp.add(hit ? zero : p);
       fn.add(hit ? one - p : zero);
       count.add(hit ? one : zero);
-      if constexpr (Ce) pos.add(hit ? load<T>(tile.lse + v) - load<T>(z_row + v) : zero);
+      if constexpr (Ce) pos.add(hit ? -tile.log_p(load<T>(z_row + v), v) : zero);
     } else {
       Vec<T> g = tile.template target<Dense>(g_row, static_cast<T>(c), v), weight = one;
       const Vec<T> m = Masked ? load<T>(tile.m + v) : one;
       count.add(m * g);
       if constexpr (Ce) {
-        const Vec<T> nll = m * (load<T>(tile.lse + v) - load<T>(z_row + v));
+        const Vec<T> nll = m * -tile.log_p(load<T>(z_row + v), v);
         // Selected, not multiplied: -log p of an impossible class is infinite.
         if constexpr (Dense)
           pos.add(g * nll);
@@ -100,7 +102,7 @@ void voxel_rows(const Tile<T>& tile, const Accumulators<T>& sums, int64_t c, con
   if (problem.voxel_term == VoxelTerm::ce) {
     Sum<T> ls(sums.at(c, kLs));
     for (int64_t v = 0; v < tile.padded; v += kLanes<T>)
-      ls.add(weighted(v, load<T>(tile.lse + v) - load<T>(z_row + v)));
+      ls.add(weighted(v, -tile.log_p(load<T>(z_row + v), v)));
   } else if (problem.voxel_term == VoxelTerm::bce) {
     Sum<T> neg(sums.at(c, kNeg));
     for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
@@ -119,7 +121,7 @@ void voxel_rows(const Tile<T>& tile, const Accumulators<T>& sums, int64_t c, con
     }
   } else if (problem.voxel_term == VoxelTerm::focal_softmax && c >= problem.first_class) {
     for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
-      const Vec<T> log_p = load<T>(z_row + v) - load<T>(tile.focal_lse + v);
+      const Vec<T> log_p = tile.focal_log_p(load<T>(z_row + v), v);
       pos.add(weighted(v, g_at(v) * softmax_focal(log_p, gamma).loss));
     }
   }
@@ -160,7 +162,7 @@ void sums_chunk(const Problem& problem, int64_t sample, int64_t first_voxel, int
                 char* workspace, double* slot, BadLabels* bad) {
   Tile<T> tile(problem, workspace);
   tile.bad = bad;
-  tile.needs_lse = true;
+  tile.needs_log = true;
   T* lanes = reinterpret_cast<T*>(workspace + Tile<T>::bytes(problem));
   const int64_t row_total = row_count(problem.rows), width = problem.classes * row_total;
   Accumulators<T> sums(problem.rows, lanes);

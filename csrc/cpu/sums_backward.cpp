@@ -88,7 +88,7 @@ void load_focal_pull(Tile<T>& tile, const Slopes<T>* slopes) {
     const Slopes<T>& a = slopes[c];
     const T *g_row = tile.target_row(c), *z_row = tile.z + c * tile.z_stride;
     for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
-      const Vec<T> log_p = load<T>(z_row + v) - load<T>(tile.focal_lse + v);
+      const Vec<T> log_p = tile.focal_log_p(load<T>(z_row + v), v);
       store<T>(tile.pull + v, load<T>(tile.pull + v) + weighted_target<Dense>(a.pos, c, g_row, v) *
                                                            softmax_focal(log_p, gamma).slope);
     }
@@ -152,7 +152,7 @@ void add_voxel_gradient(const Tile<T>& tile, const Slopes<T>& a, int64_t c, cons
     }
   } else if (problem.voxel_term == VoxelTerm::focal_softmax && c >= problem.first_class) {
     for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
-      const Vec<T> log_p = load<T>(z_row + v) - load<T>(tile.focal_lse + v);
+      const Vec<T> log_p = tile.focal_log_p(load<T>(z_row + v), v);
       add(v, a.pos * g_at(v) * softmax_focal(log_p, gamma).slope -
                  exp(log_p) * load<T>(tile.pull + v));
     }

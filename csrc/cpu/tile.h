@@ -20,7 +20,7 @@ constexpr int64_t tile_voxels(int64_t classes) {
 // then the tile is copied.
 constexpr int64_t kDirectClasses = 12;
 
-constexpr int64_t kTileRows = 10;  // rows of one value a voxel in Tile below
+constexpr int64_t kTileRows = 12;  // rows of one value a voxel in Tile below
 
 // One cache line between rows: at a power of two apart they would share the sets of the cache.
 template <class T>
@@ -37,8 +37,8 @@ struct Tile {
   const T* z = nullptr;  // (C, z_stride) logits: the buffer, or the caller's own memory
   int64_t z_stride = 0;
   T *buffer, *e;  // (C, pitch); e * scale: softmax over all classes
-  T *label, *m, *scale, *lse, *focal_lse, *ones, *row, *g, *shift, *pull;
-  bool needs_lse = false;  // the cross entropy's forward alone reads lse
+  T *label, *m, *scale, *max, *log_sum, *focal_max, *focal_log_sum, *ones, *row, *g, *shift, *pull;
+  bool needs_log = false;  // the cross entropy's forward alone reads log_sum
   BadLabels* bad = nullptr;
 
   Tile(const Problem& pr, char* workspace)
@@ -51,7 +51,8 @@ struct Tile {
     };
     buffer = take(pr.classes * pitch);
     e = take(pr.classes * pitch);
-    for (T** r : {&label, &m, &scale, &lse, &focal_lse, &ones, &row, &g, &shift, &pull})
+    for (T** r : {&label, &m, &scale, &max, &log_sum, &focal_max, &focal_log_sum, &ones, &row, &g,
+                  &shift, &pull})
       *r = take(pitch);
     for (int64_t v = 0; v < capacity; ++v) ones[v] = 1;
   }
@@ -85,6 +86,14 @@ struct Tile {
       return select(load_vector(g_row + v) == splat(c), splat(T{1}), splat(T{0}));
   }
   static DK_INLINE Vec<T> load_vector(const T* at) { return DK_ISA::load<T>(at); }
+
+  // log of the softmax over all classes, and over those from first_class on.
+  DK_INLINE Vec<T> log_p(Vec<T> x, int64_t v) const {
+    return (x - load_vector(max + v)) - load_vector(log_sum + v);
+  }
+  DK_INLINE Vec<T> focal_log_p(Vec<T> x, int64_t v) const {
+    return (x - load_vector(focal_max + v)) - load_vector(focal_log_sum + v);
+  }
 
   // The row that target() reads: labels, or the dense target of class c.
   const T* target_row(int64_t c) {
@@ -146,11 +155,11 @@ struct Tile {
     }
   }
 
-  // e = exp(z - max), scale = 1 / sum e, lse = log sum exp z; focal_lse over the classes from
-  // first_class on.
+  // e = exp(z - max), scale = 1 / sum e, log_sum = log sum e; the focal ones over the classes from
+  // first_class on. max and log_sum stay apart: their sum would round at the size of the logits.
   void softmax() {
     const int64_t classes = problem.classes;
-    const bool logs = needs_lse && problem.voxel_term == VoxelTerm::ce;
+    const bool logs = needs_log && problem.voxel_term == VoxelTerm::ce;
     for (int64_t v = 0; v < padded; v += kLanes<T>) {
       const Vec<T> largest = largest_logit(0, v);
       Vec<T> sum = splat(T{0});
@@ -160,7 +169,9 @@ struct Tile {
         store<T>(e + c * pitch + v, x);
       }
       store<T>(scale + v, reciprocal(sum));
-      if (logs) store<T>(lse + v, largest + log(sum));
+      if (!logs) continue;
+      store<T>(max + v, largest);
+      store<T>(log_sum + v, log(sum));
     }
     if (problem.voxel_term != VoxelTerm::focal_softmax) return;
     for (int64_t v = 0; v < padded; v += kLanes<T>) {
@@ -168,7 +179,8 @@ struct Tile {
       Vec<T> sum = splat(T{0});
       for (int64_t c = problem.first_class; c < classes; ++c)
         sum = sum + exp(load_vector(z + c * z_stride + v) - largest);
-      store<T>(focal_lse + v, largest + log(sum));
+      store<T>(focal_max + v, largest);
+      store<T>(focal_log_sum + v, log(sum));
     }
   }
 

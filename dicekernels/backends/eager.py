@@ -6,9 +6,6 @@ functions have the signatures of the ops; :func:`loss` composes them for autogra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,7 +19,6 @@ from ..spec import (
     NEG,
     POS,
     Activation,
-    FinishSpec,
     G,
     I,
     LossSpec,
@@ -32,6 +28,7 @@ from ..spec import (
     VoxelTerm,
     chunk_count,
     chunk_voxels,
+    row_index,
 )
 
 # Elements of (B, C, voxels) that are in flight at once.
@@ -42,20 +39,10 @@ class LabelRangeError(ValueError, RuntimeError):
     """A label map holds labels outside [0, C) that are not ``ignore_index``."""
 
 
-@contextmanager
-def recording() -> Iterator[None]:
-    """enable_grad that holds inside ops: compiled graphs and dispatch modes run those below autograd."""
-    off = torch._C._dispatch_tls_local_exclude_set()
-    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
-        off = off.remove(key)
-    on = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(on, off), torch.enable_grad():
-        yield
-
-
 class Piece:
     """A few chunks of every class in the accumulation dtype: z, g (B, C, v) and the weight m (B, 1, v).
 
+    Logits, target and mask come with their space flattened, labels with a channel (:func:`_flat`).
     Where m is 0, z and g read 0, so nothing of an ignored voxel reaches a sum or a gradient.
     """
 
@@ -68,17 +55,17 @@ class Piece:
         first: int,
         count: int,
     ):
-        samples, classes = logits.shape[:2]
+        classes = logits.shape[1]
         window = slice(first, first + count)
         self.spec = spec
         self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        z = logits.flatten(2)[:, :, window].to(self.dtype)
-        m = torch.ones_like(z[:, :1]) if mask is None else mask.flatten(2)[:, :, window].to(self.dtype)
+        z = logits[:, :, window].to(self.dtype)
+        m = torch.ones_like(z[:, :1]) if mask is None else mask[:, :, window].to(self.dtype)
         self.bad = torch.zeros((), dtype=torch.float64, device=z.device)
         if spec.dense:
-            g = target.flatten(2)[:, :, window].to(self.dtype)
+            g = target[:, :, window].to(self.dtype)
         else:
-            labels = target.reshape(samples, 1, -1)[:, :, window]
+            labels = target[:, :, window]
             ignored = ignored_labels(labels, spec)
             labels = labels.long()
             kept = (labels >= 0) & (labels < classes)
@@ -114,6 +101,52 @@ class Piece:
             tp = (p.abs() + g.abs() - (p - g).abs()) / 2
             fp, fn = p.abs() - tp, g.abs() - tp
         return m * tp, m * fp, m * fn
+
+    def overlap_slope(self, p: Tensor, a: dict[int, Tensor]) -> Tensor:
+        """d(a_I tp + a_FP fp + a_FN fn)/dp of every voxel, without the weight m."""
+        g = self.g
+        if self.spec.product_mask:
+            p, g = p * self.m, g * self.m
+        if self.spec.overlap == Overlap.PRODUCT:
+            return (a[I] - a[FN]) * g + a[FP] * (1 - g)
+        if self.spec.overlap == Overlap.SQUARED:
+            return (a[I] - a[FN]) * g + a[FP] * (2 * p - g)
+        if self.spec.overlap == Overlap.VOXEL_SQUARED:
+            return 2 * (a[I] * p * g + a[FP] * p * (1 - g) - a[FN] * (1 - p) * g)
+        share = (p.sign() - (p - g).sign()) / 2
+        return (a[I] - a[FN] - a[FP]) * share + a[FP] * p.sign()
+
+    def overlap_gradient(self, a: dict[int, Tensor]) -> Tensor:
+        """Gradient of the overlap rows in z, without the weight m."""
+        p = self.probabilities()
+        slope = self.overlap_slope(p, a)
+        if self.spec.activation == Activation.SOFTMAX:
+            return p * (slope - (p * slope).sum(1, keepdim=True))
+        return slope * p * torch.sigmoid(-self.z) if self.spec.activation == Activation.SIGMOID else slope
+
+    def voxel_gradient(self, a: dict[int, Tensor]) -> Tensor:
+        """Gradient of the POS, NEG and LS rows in z, without the weight m."""
+        z, g, gamma = self.z, self.g, self.spec.focal_gamma
+        if self.spec.voxel_term == VoxelTerm.CE:
+            pull = a[POS] * g + a[LS]
+            return torch.softmax(z, 1) * pull.sum(1, keepdim=True) - pull
+        if self.spec.voxel_term == VoxelTerm.BCE:
+            return a[NEG] * (1 - g) * torch.sigmoid(z) - a[POS] * g * torch.sigmoid(-z)
+        if self.spec.voxel_term == VoxelTerm.FOCAL_SIGMOID:
+            sign = 2 * g - 1
+            bce = z * (1 - g) - F.logsigmoid(z)
+            slope = torch.sigmoid(z) - g - gamma * sign * torch.sigmoid(z * sign) * bce
+            slope = slope * torch.exp(gamma * F.logsigmoid(-z * sign))
+            return (a[POS] * g + a[NEG] * (1 - g)) * slope
+        log_p = torch.log_softmax(z[:, self.spec.first_class :], 1)
+        p = log_p.exp()
+        certain = p >= 1
+        rest = torch.where(certain, 1.0, 1 - p)
+        slope = rest**gamma * (gamma * p * log_p / rest - 1)
+        slope = torch.where(certain & (gamma > 0), 0.0, slope)
+        own = (a[POS] * g)[:, self.spec.first_class :] * slope
+        gradient = own - p * own.sum(1, keepdim=True)
+        return torch.cat([torch.zeros_like(z[:, : self.spec.first_class]), gradient], 1)
 
     def voxel_terms(self) -> dict[int, Tensor]:
         """POS, NEG and LS of every voxel, already weighted."""
@@ -176,6 +209,14 @@ def _pieces(logits: Tensor, spec_chunk: int) -> list[tuple[int, int]]:
     return [(first, min(step, voxels - first)) for first in range(0, voxels, step)] or [(0, 0)]
 
 
+def _flat(
+    logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(B, C, V), (B, C or 1, V) and (B, 1, V): once for all pieces, a copy where strides ask for one."""
+    labels = target if spec.dense else target.reshape(logits.shape[0], 1, *logits.shape[2:])
+    return logits.flatten(2), labels.flatten(2), None if mask is None else mask.flatten(2)
+
+
 def sums(logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec) -> Tensor:
     """(B, K, C, R) float64: see dicekernels/ops.py."""
     samples, classes = logits.shape[:2]
@@ -186,9 +227,10 @@ def sums(logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec) ->
         return torch.zeros(
             samples, chunk_count(voxels), classes, width, dtype=torch.float64, device=logits.device
         )
+    flat = _flat(logits, target, mask, spec)
     parts = []
     for first, count in _pieces(logits, chunk):
-        parts.append(_piece_rows(Piece(logits, target, mask, spec, first, count), chunk))
+        parts.append(_piece_rows(Piece(*flat, spec, first, count), chunk))
     return torch.cat(parts, 1)
 
 
@@ -217,37 +259,6 @@ def loss(
         spec.finish,
         batch_voxels,
     )
-
-
-def finish_with_coef(
-    slots: Tensor,
-    class_weight: Tensor | None,
-    pos_weight: Tensor | None,
-    neg_weight: Tensor | None,
-    region_lambda: Tensor | None,
-    voxel_lambda: Tensor | None,
-    rows: int,
-    spec: FinishSpec,
-    batch_voxels: int,
-) -> tuple[Tensor, Tensor]:
-    """Loss and coef = dLoss/dsums (B, C, R), as the op ``finish`` returns them."""
-    with recording():
-        totals = slots.detach().sum(1).requires_grad_()
-        value = formulas.finish(
-            totals,
-            class_weight,
-            pos_weight,
-            neg_weight,
-            region_lambda,
-            voxel_lambda,
-            rows,
-            spec,
-            batch_voxels,
-        )
-        coef = (
-            torch.autograd.grad(value.sum(), totals)[0] if value.requires_grad else torch.zeros_like(totals)
-        )
-    return value.detach(), coef
 
 
 def ignored_labels(labels: Tensor, spec: SumsSpec) -> Tensor:
@@ -286,27 +297,27 @@ def sums_backward(
     coef: Tensor,
     spec: SumsSpec,
 ) -> Tensor:
-    """Gradient of the logits, piece by piece, through autograd of each piece's rows."""
-    samples, classes = logits.shape[:2]
-    scaled = coef if grad_loss is None else coef * _per_class(grad_loss.to(coef), classes)
+    """Gradient of the logits, piece by piece, in closed form."""
+    scaled = coef if grad_loss is None else coef * _per_class(grad_loss.to(coef), logits.shape[1])
     gradient = torch.empty_like(logits)
     voxels = logits.shape[2:].numel()
     if logits.numel() == 0:
         return gradient
-    chunk = min(chunk_voxels(voxels), voxels)
-    flat = gradient.flatten(2) if gradient.numel() else gradient
-    shares = flat.data_ptr() == gradient.data_ptr()
-    for first, count in _pieces(logits, chunk):
-        with recording():
-            # The piece of the leaf alone requires grad, so that the graph is as small as the piece.
-            part = logits.detach().flatten(2)[:, :, first : first + count].requires_grad_()
-            target_part = target.flatten(2) if spec.dense else target.reshape(samples, 1, -1)
-            mask_part = None if mask is None else mask.flatten(2)[:, :, first : first + count]
-            piece = Piece(part, target_part[:, :, first : first + count], mask_part, spec, 0, count)
-            rows = _piece_rows(piece, chunk).sum(1)
-            part_gradient = torch.autograd.grad((rows * scaled).sum(), part)[0]
-        flat[:, :, first : first + count] = part_gradient
-    return gradient if shares else gradient.copy_(flat.view(gradient.shape))
+    flat = _flat(logits, target, mask, spec)
+    parts = []
+    for first, count in _pieces(logits, min(chunk_voxels(voxels), voxels)):
+        piece = Piece(*flat, spec, first, count)
+        bits = (I, FP, FN, POS, NEG, LS)
+        zero = scaled.new_zeros(scaled.shape[:2])
+        a = {bit: scaled[..., row_index(spec.rows, bit)] if spec.rows & bit else zero for bit in bits}
+        a = {bit: value.unsqueeze(-1).to(piece.dtype) for bit, value in a.items()}
+        part = torch.zeros_like(piece.z)
+        if spec.rows & (I | FP | FN):
+            part = part + piece.overlap_gradient(a)
+        if spec.voxel_term != VoxelTerm.NONE:
+            part = part + piece.voxel_gradient(a)
+        parts.append((part * piece.m).to(logits.dtype))
+    return gradient.copy_(torch.cat(parts, 2).view(gradient.shape))
 
 
 def _per_class(grad_loss: Tensor, classes: int) -> Tensor:

@@ -1,0 +1,113 @@
+"""What MONAI has not (docs/semantics.md, "Extras"), in the modules of every backend against the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from test_monai_modules import F32, F64, NAMES, every_loss, make, run
+from torch import Tensor
+
+import dicekernels
+from dicekernels import reference
+from dicekernels.testing import assert_close_to_truth, assert_gradient_close
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+FRACTIONS = torch.rand((2, 1, 5, 7), generator=torch.Generator().manual_seed(7)) * 2
+FRACTIONS[0, 0, 0], FRACTIONS[1, 0, 2] = 0, 1
+SOFT = torch.rand((2, 3, 5, 7), generator=torch.Generator().manual_seed(8))
+IGNORED = {"ignore_index": 255}
+EXTRAS: list[tuple[str, dict[str, Any], str]] = [
+    (name, extra, target)
+    for name in NAMES
+    for extra, target in (
+        ({"ignore_index": 255}, "labels"),
+        ({"ignore_index": 1}, "labels"),
+        ({"ignore_index": 1}, "soft"),
+        ({"ignore_index": 255}, "soft"),
+        ({"mask": FRACTIONS}, "labels"),
+        ({"mask": FRACTIONS, "batch": True, "include_background": False}, "labels"),
+        ({"mask": FRACTIONS}, "soft"),
+        ({"mask": FRACTIONS.round(), "ignore_index": 255}, "labels"),
+        ({"mask": FRACTIONS, "ignore_index": 255}, "labels"),
+        ({"mask": FRACTIONS[:1]}, "labels"),
+        ({"mask": FRACTIONS, "soft_label": True}, "soft"),
+        ({"soft_label": True, "ignore_index": 2}, "soft"),
+    )
+] + [
+    ("DiceLoss", {"log_loss": True}, "labels"),
+    ("DiceLoss", {"log_loss": True, "jaccard": True, "weight": [1.0, 0.5, 2.0], "mask": FRACTIONS}, "soft"),
+    ("DiceLoss", {"log_loss": True, "batch": True, "reduction": "none"}, "labels"),
+    ("DiceLoss", {"weight": (1.0, 0.0, 2.0)}, "labels"),
+    ("TverskyLoss", {"gamma": 0.75, "alpha": 0.3, "beta": 0.7}, "labels"),
+    ("TverskyLoss", {"gamma": 2.0, "reduction": "none"}, "soft"),
+    ("TverskyLoss", {"gamma": 1.5, "batch": True, "reduction": "none", "mask": FRACTIONS}, "labels"),
+    ("DiceCELoss", {"weight": [1.0, 0.5, 2.0]}, "labels"),
+    ("DiceCELoss", {"weight": (1.0, 0.5, 2.0), "include_background": False}, "soft"),
+    ("DiceCELoss", {"ce_include_background": False}, "labels"),
+    ("DiceCELoss", {"ce_include_background": False, "weight": [1.0, 0.5, 2.0], **IGNORED}, "labels"),
+    ("DiceCELoss", {"ce_include_background": False, "label_smoothing": 0.2}, "soft"),
+    ("DiceCELoss", {"label_smoothing": 0.2, "weight": [1.0, 0.5, 2.0], **IGNORED}, "labels"),
+    ("DiceCELoss", {"label_smoothing": 0.2, "mask": FRACTIONS, "reduction": "sum"}, "labels"),
+    ("DiceCELoss", {"soft_label": True, "jaccard": True, "lambda_ce": 0.5}, "soft"),
+]
+ORACLES: dict[str, Callable[..., Tensor]] = {
+    "DiceLoss": reference.dice_loss,
+    "GeneralizedDiceLoss": reference.generalized_dice_loss,
+    "TverskyLoss": reference.tversky_loss,
+    "DiceCELoss": reference.dice_ce_loss,
+}
+
+
+def assert_is_the_oracle(name: str, options: dict[str, Any], kind: str, dtype: torch.dtype) -> None:
+    logits, labels = make(dtype)
+    if options.get("ignore_index") == 255:
+        labels[0, 0, 1], labels[1, 0, :, 3] = 255, 255
+    target = labels if kind == "labels" else SOFT * (labels != 255)
+    options = {"softmax": True, "to_onehot_y": kind == "labels", **options}
+    inner = F64 if dtype == F64 else F32
+    oracle = partial(ORACLES[name], **options)
+    truth, honest = run(oracle, logits.double(), target), run(oracle, logits.to(inner), target)
+    mask = options.pop("mask", None)
+    value, gradient = run(getattr(dicekernels, name)(**options), logits, target, mask=mask)
+    assert_close_to_truth(value, truth[0], honest[0], inner, "loss")
+    assert gradient.dtype == dtype
+    assert_gradient_close(gradient, truth[1], honest[1].to(dtype), dtype, "gradient")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kind"), EXTRAS, ids=lambda x: str(list(x)) if isinstance(x, dict) else x
+)
+@pytest.mark.parametrize("dtype", [F32, F64, torch.bfloat16])
+def test_extras_are_the_oracles(name: str, options: dict[str, Any], kind: str, dtype: torch.dtype) -> None:
+    assert_is_the_oracle(name, options, kind, dtype)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [F32, F64, torch.bfloat16])
+def test_voxel_weights_beside_an_ignored_class_of_fractions(
+    name: str, dtype: torch.dtype, backend: str
+) -> None:
+    """The mask is linear, the ignored class is not: no single mask of a kernel is both."""
+    options = {"mask": FRACTIONS, "ignore_index": 1}
+    if backend != "eager":
+        with pytest.raises(RuntimeError, match="forced.*ignored class of fractions"):
+            assert_is_the_oracle(name, options, "soft", dtype)
+        return
+    assert_is_the_oracle(name, options, "soft", dtype)
+
+
+@every_loss
+def test_the_mask_of_a_single_channel(name: str) -> None:
+    logits, _ = make(classes=1)
+    target = (logits > 0.2).float()
+    options = {"sigmoid": True}
+    oracle = partial(ORACLES[name], mask=FRACTIONS, **options)
+    truth, honest = run(oracle, logits.double(), target), run(oracle, logits, target)
+    got = run(getattr(dicekernels, name)(**options), logits, target, mask=FRACTIONS)
+    assert_close_to_truth(got[0], truth[0], honest[0], F32, "loss")
+    assert_gradient_close(got[1], truth[1], honest[1], F32, "gradient")
