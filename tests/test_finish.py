@@ -291,7 +291,7 @@ def test_cpp_equals_its_twin_and_the_twins_autograd(block):
         (slope,) = torch.autograd.grad(truth.sum(), totals, allow_unused=True)
         # Autograd takes a slope as the difference of two terms of size 1 / denominator, which is that of
         # the largest slope, or 1 / dr where all sums are 0.
-        largest = torch.nan_to_num(coef, posinf=0.0, neginf=0.0).abs().max().item()
+        largest = torch.nan_to_num(coef, posinf=0.0, neginf=0.0).abs().max().item() if coef.numel() else 0.0
         floor = 1e-14 * largest + (1e-15 / spec.smooth_dr if spec.smooth_dr else 0.0)
         for bit in (1 << at for at in range(len(ROWS))):
             if rows & bit & DIFFERENTIABLE:
