@@ -5,10 +5,14 @@
 
 namespace {
 // Which instruction set runs, for `python -m dicekernels.env` and the tests.
-std::string cpu_capability() { return dicekernels::kernels().name; }
+std::string cpu_capability() {
+  return dicekernels::kernels().name;
+}
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(dicekernels, m) { m.def("cpu_capability() -> str"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(dicekernels, m) {
+  m.def("cpu_capability() -> str");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(dicekernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
