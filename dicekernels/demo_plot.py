@@ -115,7 +115,14 @@ def _slices(axes: dict[str, Axes], result: Result) -> None:
     if volume.classes <= FEW_CLASSES:
         for i, label in enumerate(volume.class_names[1:], start=1):
             axes["truth"].plot([], [], "s", ms=8, color=colours[i], label=label)
-        axes["truth"].legend(loc="lower center", ncols=3, fontsize=8, handletextpad=0.1, columnspacing=0.8)
+        axes["truth"].legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0.0),
+            ncols=3,
+            fontsize=8,
+            handletextpad=0.1,
+            columnspacing=0.8,
+        )
 
 
 def _label_colours(classes: int) -> list[Any]:
