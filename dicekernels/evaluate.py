@@ -56,6 +56,20 @@ def _distinct(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     return tuple(result)
 
 
+def _one_voxel_stride(tensor: Tensor, spatial_from: int) -> bool:
+    """Whether the kernels see the space as one dimension, as ``flat_stride`` in csrc/common/check.h."""
+    expected = None
+    for size, stride in zip(
+        reversed(tensor.shape[spatial_from:]), reversed(tensor.stride()[spatial_from:]), strict=True
+    ):
+        if size == 1:
+            continue
+        if expected not in (None, stride):
+            return False
+        expected = size * stride
+    return True
+
+
 @dataclass
 class Call:
     """A loss on its tensors, after every check.
@@ -152,5 +166,10 @@ class Call:
             f"sums: {', '.join(rows)} in {chunk_count(voxels)} chunks a sample, {slots / 1e6:.3f} MB; "
             f"kept for backward: {samples * classes * len(rows) * 8 / 1e6:.3f} MB beside the inputs"
         )
+        for name, tensor in (("logits", self.logits), ("target", self.target), ("mask", self.mask)):
+            if tensor is not None and not _one_voxel_stride(
+                tensor, 2 if tensor.ndim == self.logits.ndim else 1
+            ):
+                lines.append(f"note: the space of {name} has no single stride, so it is copied in each pass")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
