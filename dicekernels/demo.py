@@ -130,6 +130,8 @@ def report(console: Console, result: Result, picture: Path, seconds: float) -> N
         f"Time: forward and backward of the loss alone on {shape} logits, median over the steps.",
         "Memory: most that PyTorch allocated at once in them, beside logits and labels; the gradient "
         f"of the logits ({math.prod(result.logits_shape) * 4 / MEGABYTE:.1f} MB) is included.",
+        "The curves part late: training enlarges differences of rounding, so neither final Dice is the "
+        "better one.",
         "Both networks were trained and scored on the same single brain: this shows that the losses train "
         "alike and what they cost, not how well anything works on a new patient.",
         f"Picture: {picture.resolve()} (whole demo: {seconds:.0f} s)",

@@ -55,7 +55,7 @@ class Recipe:
 
 
 RECIPES = {
-    "mni_tissue": Recipe(150, 2, 48, 2, 1e-2, (8, 8, 16, 32, 64, 8), coordinates=False),
+    "mni_tissue": Recipe(150, 2, 64, 1, 1e-2, (8, 8, 16, 32, 64, 8), coordinates=False),
     "aal116": Recipe(120, 4, 0, 1, 1e-2, (16, 16, 32, 64, 64, 64), coordinates=True),
 }
 

@@ -46,7 +46,7 @@ struct Sum {
 
 // The rows I, FP, FN and G of one class, and with Ce the row POS of the cross entropy, which shares
 // its comparisons. The probability is p_row * scale_row.
-template <Overlap O, bool Dense, bool Masked, bool Ce, class T>
+template <Overlap O, bool Dense, bool Masked, bool Ce, bool Count, class T>
 void overlap_rows(const Tile<T>& tile, const Accumulators<T>& sums, int64_t c, const T* p_row,
                   const T* scale_row, const T* g_row) {
   Sum<T> i(sums.at(c, kI)), fp(sums.at(c, kFP)), fn(sums.at(c, kFN)), count(sums.at(c, kG)),
@@ -61,12 +61,12 @@ void overlap_rows(const Tile<T>& tile, const Accumulators<T>& sums, int64_t c, c
       i.add(hit ? p : zero);
       fp.add(hit ? zero : p);
       fn.add(hit ? one - p : zero);
-      count.add(hit ? one : zero);
+      if constexpr (Count) count.add(hit ? one : zero);
       if constexpr (Ce) pos.add(hit ? -tile.log_p(load<T>(z_row + v), v) : zero);
     } else {
       Vec<T> g = tile.template target<Dense>(g_row, static_cast<T>(c), v), weight = one;
       const Vec<T> m = Masked ? load<T>(tile.m + v) : one;
-      count.add(m * g);
+      if constexpr (Count) count.add(m * g);
       if constexpr (Ce) {
         const Vec<T> nll = m * -tile.log_p(load<T>(z_row + v), v);
         // Selected, not multiplied: -log p of an impossible class is infinite.
@@ -144,17 +144,20 @@ void sums_tile(Tile<T>& tile, const Accumulators<T>& sums) {
   const bool ce = problem.voxel_term == VoxelTerm::ce;
   const bool separate =
       problem.voxel_term != VoxelTerm::none && (!ce || has_row(problem.rows, kLs));
-  with_flags(problem.dense, tile.masked, ce, [&](auto dense, auto masked, auto with_ce) {
-    for (int64_t c = 0; c < problem.classes; ++c) {
-      const T* g_row = tile.target_row(c);
-      with_overlap(problem.overlap, [&](auto o) {
-        with_probabilities(tile, c, [&](const T* p_row, const T* scale_row) {
-          overlap_rows<o(), dense(), masked(), with_ce()>(tile, sums, c, p_row, scale_row, g_row);
-        });
-      });
-      if (separate) voxel_rows<dense(), masked()>(tile, sums, c, g_row);
-    }
-  });
+  const bool counts = has_row(problem.rows, kG);
+  with_flags(problem.dense, tile.masked, ce, counts,
+             [&](auto dense, auto masked, auto with_ce, auto count) {
+               for (int64_t c = 0; c < problem.classes; ++c) {
+                 const T* g_row = tile.target_row(c);
+                 with_overlap(problem.overlap, [&](auto o) {
+                   with_probabilities(tile, c, [&](const T* p_row, const T* scale_row) {
+                     overlap_rows<o(), dense(), masked(), with_ce(), count()>(tile, sums, c, p_row,
+                                                                              scale_row, g_row);
+                   });
+                 });
+                 if (separate) voxel_rows<dense(), masked()>(tile, sums, c, g_row);
+               }
+             });
 }
 
 template <class T>

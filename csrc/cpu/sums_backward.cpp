@@ -185,18 +185,20 @@ void backward_tile(Tile<T>& tile, const Slopes<T>* slopes, const View& gradient)
   const bool native = gradient.dtype == (sizeof(T) == 4 ? DType::f32 : DType::f64);
   const bool direct = native && gradient.voxel == 1 && tile.n == tile.padded;
   const int64_t at = tile.sample * gradient.batch + tile.first * gradient.voxel;
-  with_flags(problem.dense, tile.masked, ce, [&](auto dense, auto masked, auto with_ce) {
-    with_overlap(problem.overlap, [&](auto o) {
-      if (tile.needs_softmax()) load_shift<o(), dense(), masked(), with_ce()>(tile, slopes);
-      if (problem.voxel_term == VoxelTerm::focal_softmax) load_focal_pull<dense()>(tile, slopes);
-      for (int64_t c = 0; c < problem.classes; ++c) {
-        const int64_t offset = at + c * gradient.channel;
-        T* out = direct ? static_cast<T*>(const_cast<void*>(gradient.data)) + offset : tile.row;
-        gradient_row<o(), dense(), masked(), with_ce()>(tile, slopes, c, out);
-        if (!direct) write_row(gradient, offset, tile.n, out);
-      }
-    });
-  });
+  with_flags(
+      problem.dense, tile.masked, ce, false, [&](auto dense, auto masked, auto with_ce, auto) {
+        with_overlap(problem.overlap, [&](auto o) {
+          if (tile.needs_softmax()) load_shift<o(), dense(), masked(), with_ce()>(tile, slopes);
+          if (problem.voxel_term == VoxelTerm::focal_softmax)
+            load_focal_pull<dense()>(tile, slopes);
+          for (int64_t c = 0; c < problem.classes; ++c) {
+            const int64_t offset = at + c * gradient.channel;
+            T* out = direct ? static_cast<T*>(const_cast<void*>(gradient.data)) + offset : tile.row;
+            gradient_row<o(), dense(), masked(), with_ce()>(tile, slopes, c, out);
+            if (!direct) write_row(gradient, offset, tile.n, out);
+          }
+        });
+      });
 }
 
 template <class T>

@@ -196,12 +196,14 @@ struct Tile {
 
 // Calls f with the booleans as compile-time constants.
 template <class F>
-DK_INLINE void with_flags(bool dense, bool masked, bool third, F f) {
+DK_INLINE void with_flags(bool a, bool b, bool c, bool d, F f) {
   const auto constant = [](bool flag, auto g) {
     flag ? g(std::true_type{}) : g(std::false_type{});
   };
-  constant(dense, [&](auto d) {
-    constant(masked, [&](auto m) { constant(third, [&](auto t) { f(d, m, t); }); });
+  constant(a, [&](auto a_) {
+    constant(b, [&](auto b_) {
+      constant(c, [&](auto c_) { constant(d, [&](auto d_) { f(a_, b_, c_, d_); }); });
+    });
   });
 }
 
