@@ -64,10 +64,15 @@ def tensors(logits: Any, target: Any, mask: Any) -> None:
             )
     if logits.ndim < 2:
         raise IndexError(f"logits: got shape {tuple(logits.shape)}, expected (B, C, *spatial)")
-    if logits.is_complex():
-        raise TypeError(
-            f"logits: got {logits.dtype}, expected a real floating dtype; use logits.real or logits.abs()"
+    if logits.shape[1] == 0:
+        raise ValueError(
+            f"logits: got shape {tuple(logits.shape)} without a class, expected (B, C, *spatial)"
         )
+    for name, value in (("logits", logits), ("target", target), ("mask", mask)):
+        if value is not None and value.is_complex():
+            raise TypeError(
+                f"{name}: got {value.dtype}, expected a real dtype; use {name}.real or {name}.abs()"
+            )
 
 
 def mask_shape(mask: Tensor | None, logits: Tensor) -> None:
@@ -110,6 +115,11 @@ def class_weight(weight: Tensor | None, classes: int) -> Tensor | None:
     """
     if weight is None or classes == 1:
         return None
+    if weight.ndim > 1:
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}, expected {classes} values in one "
+            "dimension, or one number"
+        )
     if weight.ndim == 0:
         weight = weight.expand(classes)
     elif weight.shape[0] != classes:
@@ -195,6 +205,7 @@ def region_options(
     overlap: str,
     voxel_term: str | None,
     mask_mode: str,
+    gamma: float,
     first_class: int,
 ) -> None:
     """The options of ``region_sums``.
@@ -211,6 +222,8 @@ def region_options(
     if voxel_term is not None:
         option("voxel_term", voxel_term, ("ce", "bce", "focal_sigmoid", "focal_softmax"))
     option("mask_mode", mask_mode, ("weight", "product"))
+    if gamma < 0:
+        raise ValueError(f"gamma: got {gamma}, expected an exponent of at least 0")
     if not 0 <= first_class < logits.shape[1]:
         raise ValueError(f"first_class: got {first_class}, expected a class of the {logits.shape[1]}")
     samples, space = logits.shape[0], logits.shape[2:]
@@ -221,3 +234,33 @@ def region_options(
             f"{(samples, 1, *space)} or {(samples, *space)} (labels) for logits {tuple(logits.shape)} "
             "with at least one spatial dimension"
         )
+
+
+def index(value: Any) -> int | None:
+    """``ignore_index`` as an integer; 255.0 (of a YAML file) is one, too.
+
+    Raises:
+        TypeError: not a whole number that int64 holds.
+    """
+    if value is None:
+        return None
+    try:
+        whole = int(value)
+        if whole == value and -(2**63) <= whole < 2**63:
+            return whole
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise TypeError(f"ignore_index: got {value!r}, expected an integer or None")
+
+
+def constant(name: str, value: Any) -> float:
+    """A number of the formula, which the kernels do not differentiate.
+
+    Raises:
+        TypeError: a tensor that requires a gradient.
+    """
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(
+            f"{name}: got a tensor that requires a gradient, expected a number; use {name}.detach()"
+        )
+    return float(value)

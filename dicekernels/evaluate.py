@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -54,6 +55,14 @@ def _distinct(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
             tensor = tensor.view_as(tensor) if again else tensor
         result.append(tensor)
     return tuple(result)
+
+
+_T = TypeVar("_T", Tensor, Tensor | None)
+
+
+def _saveable(tensor: _T) -> _T:
+    """A copy of what was made under inference_mode (pseudo-labels): it cannot be saved for backward."""
+    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
 
 
 def _one_voxel_stride(tensor: Tensor, spatial_from: int) -> bool:
@@ -120,6 +129,8 @@ class Call:
         """
         if _recorder is not None:
             _recorder.append(self)
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled() and self.logits.requires_grad:
+            self.target, self.mask = _saveable(self.target), _saveable(self.mask)
         weights = (
             self.class_weight,
             self.pos_weight,

@@ -40,7 +40,7 @@ def finish(
     voxel_lambda: Tensor | None,
     rows: int,
     spec: FinishSpec,
-    batch_voxels: int,
+    empty: bool,
 ) -> Tensor:
     """The loss from the sums of a whole volume.
 
@@ -50,7 +50,7 @@ def finish(
         pos_weight: (C,) factors of the POS and LS rows.
         neg_weight: (C,) factors of the NEG row.
         region_lambda, voxel_lambda: 0-dim factors of the overlap loss and of the voxel term.
-        batch_voxels: B * V of the problem.
+        empty: the problem has no sample or no voxel.
 
     Returns:
         float64 of shape ``spec.loss_shape(B, C)``.
@@ -72,7 +72,7 @@ def finish(
         if spec.reduction != Reduction.NONE:
             loss = terms.mean() if spec.reduction == Reduction.MEAN else terms.sum()
     if POS in row:
-        voxel = finish_voxel(row, pos_weight, neg_weight, spec, batch_voxels)
+        voxel = finish_voxel(row, pos_weight, neg_weight, spec, empty)
         loss = loss + (voxel if voxel_lambda is None else voxel * voxel_lambda.to(voxel))
     if BAD in row:
         # Weights survive a batch with labels out of range: the loss shows it, the gradient is zero.
@@ -127,7 +127,7 @@ def finish_voxel(
     pos_weight: Tensor | None,
     neg_weight: Tensor | None,
     spec: FinishSpec,
-    batch_voxels: int,
+    empty: bool,
 ) -> Tensor:
     """Cross entropy, BCE or focal loss of the whole batch, a scalar."""
     classes = row[POS].shape[1]
@@ -138,7 +138,7 @@ def finish_voxel(
     if NEG in row:
         total = total + (row[NEG] * neg).sum()
     denominator = _denominator(row, pos, spec)
-    if batch_voxels == 0:
+    if empty:
         return total / denominator
     # Nothing to learn from (all voxels ignored, or only classes of weight 0): 0, not 0/0.
     nothing = denominator == 0
@@ -154,7 +154,7 @@ def coef(
     voxel_lambda: Tensor | None,
     rows: int,
     spec: FinishSpec,
-    batch_voxels: int,
+    empty: bool,
 ) -> Tensor:
     """dLoss/dtotals (B, C, R) in closed form; arguments as :func:`finish`.
 
@@ -183,7 +183,7 @@ def coef(
         pos, neg = (_voxel_weight(weight, row, spec) for weight in (pos_weight, neg_weight))
         denominator = _denominator(row, pos, spec)
         scale = 1 / denominator if voxel_lambda is None else voxel_lambda.to(totals) / denominator
-        if batch_voxels > 0:
+        if not empty:
             scale = torch.where(denominator == 0, 0.0, scale)
         out[..., row_index(rows, POS)] = scale * (1 - spec.label_smoothing) * pos
         if LS in row:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
-from .evaluate import Call, record_dense
+from .evaluate import Call, record, record_dense
 from .prepare import OtherAct, like_input, plain, prepare
 from .spec import (
     Denominator,
@@ -82,7 +82,8 @@ def _or_dense(oracle: Callable[..., Tensor]) -> Callable[[_F], _F]:
                 inputs = [x[..., None] for x in inputs]
                 mask = options.get("mask")
                 checked_options["mask"] = None if mask is None else mask[..., None]
-            checked = function(*inputs, **checked_options)
+            with record():  # the call for the checks is not the evaluation that explain() tells of
+                checked = function(*inputs, **checked_options)
             checks.option("reduction", options.get("reduction", "mean"), ("mean", "sum", "none"))
             record_dense(reason)
             dense = oracle(plain(logits).double(), plain(target), **options)
@@ -138,8 +139,8 @@ def dice_loss(
         Formula.RATIO,
         alpha=2.0 if jaccard else 1.0,
         beta=2.0 if jaccard else 1.0,
-        smooth_nr=float(smooth_nr),
-        smooth_dr=float(smooth_dr),
+        smooth_nr=checks.constant("smooth_nr", smooth_nr),
+        smooth_dr=checks.constant("smooth_dr", smooth_dr),
         transform=Transform.LOG if log_loss else Transform.LINEAR,
         skipped=inputs.skipped,
         batch=batch,
@@ -192,8 +193,8 @@ def generalized_dice_loss(
     )
     finish = FinishSpec(
         Formula.GENERALIZED,
-        smooth_nr=float(smooth_nr),
-        smooth_dr=float(smooth_dr),
+        smooth_nr=checks.constant("smooth_nr", smooth_nr),
+        smooth_dr=checks.constant("smooth_dr", smooth_dr),
         gdl_weight=_GDL_WEIGHTS[checks.option("w_type", w_type, tuple(_GDL_WEIGHTS))],
         skipped=inputs.skipped,
         batch=batch,
@@ -251,10 +252,10 @@ def tversky_loss(
     finish = FinishSpec(
         Formula.RATIO,
         kappa=1.0,
-        alpha=float(alpha),
-        beta=float(beta),
-        smooth_nr=float(smooth_nr),
-        smooth_dr=float(smooth_dr),
+        alpha=checks.constant("alpha", alpha),
+        beta=checks.constant("beta", beta),
+        smooth_nr=checks.constant("smooth_nr", smooth_nr),
+        smooth_dr=checks.constant("smooth_dr", smooth_dr),
         transform=Transform.LINEAR if gamma == 1 else Transform.POWER,
         exponent=float(gamma),
         skipped=inputs.skipped,
@@ -332,8 +333,8 @@ def dice_ce_loss(
         formula=Formula.RATIO,
         alpha=2.0 if jaccard else 1.0,
         beta=2.0 if jaccard else 1.0,
-        smooth_nr=float(smooth_nr),
-        smooth_dr=float(smooth_dr),
+        smooth_nr=checks.constant("smooth_nr", smooth_nr),
+        smooth_dr=checks.constant("smooth_dr", smooth_dr),
         skipped=inputs.skipped,
         batch=batch,
     )

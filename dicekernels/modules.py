@@ -10,25 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 from . import checks, functional
 from .prepare import OtherAct
-
-
-def _moving_factor(name: str) -> property:
-    """A float attribute that lives in a 0-dim buffer, so that a warm-up recompiles nothing."""
-
-    def read(self: nn.Module) -> float:
-        return float(self.get_buffer(f"_{name}"))
-
-    def write(self: nn.Module, value: float) -> None:
-        checks.non_negative(name, float(value))
-        self.get_buffer(f"_{name}").fill_(value)
-
-    return property(read, write, doc=f"Factor of its term; at least 0. Kept in the buffer ``_{name}``.")
 
 
 class _OverlapLoss(_Loss):
@@ -238,112 +224,4 @@ class TverskyLoss(_OverlapLoss):
             gamma=self.gamma,
             mask=mask,
             **self._options(),
-        )
-
-
-class DiceCELoss(_Loss):
-    """``monai.losses.DiceCELoss`` from one pass over the logits.
-
-    The options of its halves live where MONAI has them, in ``dice``, ``cross_entropy`` and
-    ``binary_cross_entropy``; state_dict keys follow. ``lambda_dice`` and ``lambda_ce`` may change
-    every step. Extras: ``ignore_index``, ``soft_label``, ``ce_include_background``
-    (``functional.dice_ce_loss``), and ``weight`` as a sequence.
-
-    Raises:
-        TypeError, ValueError: as MONAI, for options that do not fit together.
-    """
-
-    lambda_dice = _moving_factor("lambda_dice")
-    lambda_ce = _moving_factor("lambda_ce")
-
-    def __init__(
-        self,
-        include_background: bool = True,
-        to_onehot_y: bool = False,
-        sigmoid: bool = False,
-        softmax: bool = False,
-        other_act: Callable[[Tensor], Tensor] | None = None,
-        squared_pred: bool = False,
-        jaccard: bool = False,
-        reduction: str = "mean",
-        smooth_nr: float = 1e-5,
-        smooth_dr: float = 1e-5,
-        batch: bool = False,
-        weight: checks.Weight = None,
-        lambda_dice: float = 1.0,
-        lambda_ce: float = 1.0,
-        label_smoothing: float = 0.0,
-        *,
-        ignore_index: int | None = None,
-        soft_label: bool = False,
-        ce_include_background: bool = True,
-    ) -> None:
-        reduction = checks.option("reduction", reduction, ("mean", "sum"))
-        super().__init__()
-        ce_weight = checks.as_weight(weight)
-        dice_weight = ce_weight
-        if ce_weight is not None and ce_weight.ndim and not include_background:
-            dice_weight = ce_weight[1:]
-        self.dice = DiceLoss(
-            include_background=include_background,
-            to_onehot_y=to_onehot_y,
-            sigmoid=sigmoid,
-            softmax=softmax,
-            other_act=other_act,
-            squared_pred=squared_pred,
-            jaccard=jaccard,
-            reduction=reduction,
-            smooth_nr=smooth_nr,
-            smooth_dr=smooth_dr,
-            batch=batch,
-            weight=dice_weight,
-            soft_label=soft_label,
-            ignore_index=ignore_index,
-        )
-        self.cross_entropy = nn.CrossEntropyLoss(
-            weight=ce_weight, reduction=reduction, label_smoothing=label_smoothing
-        )
-        self.binary_cross_entropy = nn.BCEWithLogitsLoss(pos_weight=ce_weight, reduction=reduction)
-        self.ce_include_background = ce_include_background
-        for name, value in (("lambda_dice", lambda_dice), ("lambda_ce", lambda_ce)):
-            checks.non_negative(name, value)
-            self.register_buffer(f"_{name}", torch.tensor(value, dtype=torch.float64), persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DiceCELoss:
-        """As in Module, but ``half()`` and its kin leave the factors in float64."""
-        factors = {name: self.get_buffer(name).to("cpu") for name in ("_lambda_dice", "_lambda_ce")}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, value in factors.items():
-            self._buffers[name] = value.to(self.get_buffer(name).device)
-        return self
-
-    def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """``functional.dice_ce_loss`` with the options of this module."""
-        dice = self.dice
-        weight = self.cross_entropy.weight
-        if isinstance(input, Tensor) and input.ndim > 1 and input.shape[1] == 1:
-            weight = self.binary_cross_entropy.pos_weight
-        return functional.dice_ce_loss(
-            input,
-            target,
-            include_background=dice.include_background,
-            to_onehot_y=dice.to_onehot_y,
-            sigmoid=dice.sigmoid,
-            softmax=dice.softmax,
-            other_act=dice.other_act,
-            squared_pred=dice.squared_pred,
-            jaccard=dice.jaccard,
-            reduction=dice.reduction,
-            smooth_nr=dice.smooth_nr,
-            smooth_dr=dice.smooth_dr,
-            batch=dice.batch,
-            weight=weight,
-            dice_weight=dice.class_weight,
-            lambda_dice=self.get_buffer("_lambda_dice"),
-            lambda_ce=self.get_buffer("_lambda_ce"),
-            label_smoothing=self.cross_entropy.label_smoothing,
-            ignore_index=dice.ignore_index,
-            soft_label=dice.soft_label,
-            ce_include_background=self.ce_include_background,
-            mask=mask,
         )

@@ -44,7 +44,7 @@ _SUMS_ARGS = (
 _FINISH_ARGS = (
     "int rows, int formula, float kappa, float alpha, float beta, float smooth_nr, float smooth_dr, "
     "int transform, float exponent, int gdl_weight, int skipped, bool batch, int reduction, "
-    "float label_smoothing, int denominator, int voxel_skipped, int batch_voxels"
+    "float label_smoothing, int denominator, int voxel_skipped, bool empty"
 )
 SCHEMAS = {
     "sums": f"sums(Tensor logits, Tensor target, Tensor? mask, {_SUMS_ARGS}) -> Tensor",
@@ -131,8 +131,8 @@ def _eager_finish(
     *args: Any,
 ) -> tuple[Tensor, Tensor]:
     arguments = (sums.sum(1), class_weight, pos_weight, neg_weight, region_lambda, voxel_lambda, rows)
-    spec, batch_voxels = _finish_spec(args), args[-1]
-    return formulas.finish(*arguments, spec, batch_voxels), formulas.coef(*arguments, spec, batch_voxels)
+    spec, empty = _finish_spec(args), args[-1]
+    return formulas.finish(*arguments, spec, empty), formulas.coef(*arguments, spec, empty)
 
 
 def _eager_sums_backward(
@@ -266,7 +266,7 @@ class FusedLoss(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         slots = call_sums(namespace, logits, target, mask, spec.sums)
-        batch_voxels = logits.shape[0] * logits.shape[2:].numel()
+        empty = logits.shape[0] * logits.shape[2:].numel() == 0
         loss, coef = getattr(torch.ops, namespace).finish(
             slots,
             class_weight,
@@ -275,7 +275,7 @@ class FusedLoss(torch.autograd.Function):
             region_lambda,
             voxel_lambda,
             spec.sums.rows,
-            *spec.finish.args(batch_voxels),
+            *spec.finish.args(empty),
         )
         return loss.to(dtype), coef
 

@@ -61,7 +61,15 @@ def like_input(loss: Tensor, *inputs: Tensor | None) -> Tensor:
     return loss
 
 
+def kernel_dtype(tensor: Tensor) -> Tensor:
+    """Unsigned integers wider than a byte, with which torch itself can do little, as signed ones."""
+    wider = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
+    return tensor.to(wider[tensor.dtype]) if tensor.dtype in wider else tensor
+
+
 def _single_channel(option: str) -> None:
+    if torch.compiler.is_compiling():
+        return  # a warning cannot be part of a graph
     warnings.warn(f"single channel prediction, `{option}` ignored.", UserWarning, stacklevel=5)
 
 
@@ -85,8 +93,9 @@ def prepare(
     """
     checks.activation_options(sigmoid, softmax, other_act)
     checks.tensors(logits, target, mask)
-    logits, target = plain(logits), plain(target)
-    mask = None if mask is None else plain(mask)
+    ignore_index = checks.index(ignore_index)
+    logits, target = plain(logits), kernel_dtype(plain(target))
+    mask = None if mask is None else kernel_dtype(plain(mask))
     raw_logits, notes = logits, []
     channels = logits.shape[1]
     activation = Activation.SIGMOID if sigmoid else Activation.NONE
@@ -116,6 +125,11 @@ def prepare(
             _single_channel("include_background=False")
         else:
             skipped = 1
+    if not dense and logits.shape[1] != channels:
+        raise AssertionError(
+            f"ground truth has different shape: one-hot of the {channels} channels of the input, but "
+            f"other_act made {logits.shape[1]} of them"
+        )
     _check_target(logits, target, dense)
     checks.mask_shape(mask, logits)
     promoted = torch.promote_types(

@@ -154,7 +154,6 @@ class FinishSpec:
         skipped: leading classes without overlap term (1 without background, else 0).
         batch: rows are added up over the batch before the formula.
         voxel_skipped: leading classes with weight 0 in the voxel term.
-        batch_voxels: B * V, to tell an empty problem from one whose voxels are all ignored.
     """
 
     formula: Formula
@@ -174,7 +173,7 @@ class FinishSpec:
     voxel_skipped: int = 0
 
     def args(
-        self, batch_voxels: int
+        self, empty: bool
     ) -> tuple[
         int,
         float,
@@ -210,7 +209,7 @@ class FinishSpec:
             self.label_smoothing,
             int(self.denominator),
             self.voxel_skipped,
-            batch_voxels,
+            empty,
         )
 
     def loss_shape(self, samples: int, classes: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from . import checks, dispatch
 from .backends import eager
 from .evaluate import record_line
 from .ops import RegionSums as _RegionSumsFunction
-from .prepare import plain
+from .prepare import kernel_dtype, plain
 from .spec import (
     BAD,
     LS,
@@ -91,15 +91,16 @@ def region_sums(
     """
     checks.tensors(logits, target, mask)
     checks.mask_shape(mask, logits)
-    checks.region_options(logits, target, activation, overlap, voxel_term, mask_mode, first_class)
-    logits, target = plain(logits), plain(target)
+    checks.region_options(logits, target, activation, overlap, voxel_term, mask_mode, gamma, first_class)
+    ignore_index = checks.index(ignore_index)
+    logits, target = plain(logits), kernel_dtype(plain(target))
     if logits.shape[1] == 1 and target.ndim == logits.ndim - 1:
         target = target[:, None]
     dense = target.shape == logits.shape
     if dense and ignore_index is not None:
         raise ValueError("ignore_index: got it with a target of values, expected a label map; pass mask=")
     if mask is not None:
-        mask = plain(mask).expand(logits.shape[0], *mask.shape[1:])
+        mask = kernel_dtype(plain(mask)).expand(logits.shape[0], *mask.shape[1:])
     term = _VOXEL_TERMS[voxel_term]
     rows = OVERLAP_ROWS | G | N | (0 if dense else BAD)
     if term != VoxelTerm.NONE:

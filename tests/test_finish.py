@@ -43,7 +43,7 @@ def run(backend: str, slots: Tensor, rows: int, spec: FinishSpec, voxels: int = 
     """(loss, coef) of the op; ``weights`` by name, the others None."""
     names = ("class_weight", "pos_weight", "neg_weight", "region_lambda", "voxel_lambda")
     op = getattr(torch.ops, NAMESPACES[backend]).finish
-    return op(slots, *(weights.get(name) for name in names), rows, *spec.args(voxels))
+    return op(slots, *(weights.get(name) for name in names), rows, *spec.args(voxels == 0))
 
 
 def table(rows: int, classes: int, **values: list[float]) -> Tensor:
@@ -284,7 +284,7 @@ def test_cpp_equals_its_twin_and_the_twins_autograd(block):
         loss, coef = run("cpu", slots, rows, spec, voxels, **weights)
         totals = slots.sum(1).requires_grad_()
         names = ("class_weight", "pos_weight", "neg_weight", "region_lambda", "voxel_lambda")
-        truth = formulas.finish(totals, *(weights.get(n) for n in names), rows, spec, voxels)
+        truth = formulas.finish(totals, *(weights.get(n) for n in names), rows, spec, voxels == 0)
         label = f"{COMBINATIONS[index]} {spec} {sorted(weights)}"
         assert truth.shape == spec.loss_shape(*totals.shape[:2])
         assert_equal(loss, truth.detach(), f"loss {label}")
@@ -311,6 +311,6 @@ def test_the_twin_is_differentiable_in_weights_and_factors():
     leaves = [torch.rand(size, dtype=F64, requires_grad=True) for size in (3, 3)]
     factors = [torch.tensor(x, dtype=F64, requires_grad=True) for x in (0.7, 1.3)]
     assert torch.autograd.gradcheck(
-        lambda sums, cw, pw, rl, vl: formulas.finish(sums, cw, pw, None, rl, vl, rows, spec, 100),
+        lambda sums, cw, pw, rl, vl: formulas.finish(sums, cw, pw, None, rl, vl, rows, spec, False),
         (slots.sum(1).requires_grad_(), *leaves, *factors),
     )

@@ -136,11 +136,11 @@ def test_arguments_come_back_in_the_order_of_the_schema():
         denominator=Denominator.ELEMENTS,
         voxel_skipped=1,
     )
-    assert ops._finish_spec(formula.args(77)[:-1]) == formula
-    assert formula.args(77)[-1] == 77
-    # The names of the schema, in the order of the dataclasses (batch_voxels is the problem's).
+    assert ops._finish_spec(formula.args(True)[:-1]) == formula
+    assert formula.args(True)[-1] is True
+    # The names of the schema, in the order of the dataclasses (empty is the problem's).
     names = re.findall(r"(?:int|float|bool)\?? (\w+)", ops._FINISH_ARGS)
-    assert names == ["rows", *FinishSpec.__dataclass_fields__, "batch_voxels"]
+    assert names == ["rows", *FinishSpec.__dataclass_fields__, "empty"]
     names = re.findall(r"(?:int|float|bool)\?? (\w+)", ops._SUMS_ARGS)
     assert sorted(names) == sorted(SumsSpec.__dataclass_fields__)
 

@@ -28,7 +28,7 @@ struct FinishSpec {
   double label_smoothing;
   Denominator denominator;  // of the voxel term
   int64_t voxel_skipped;    // leading classes with weight 0 in the voxel term
-  int64_t batch_voxels;     // B * V
+  bool empty;               // no sample or no voxel
 
   int64_t groups(int64_t samples) const { return batch ? 1 : samples; }
   int64_t outputs(int64_t classes) const {
@@ -172,7 +172,7 @@ static inline void finish(const FinishSpec& f, int64_t samples, int64_t classes,
     if (f.denominator == Denominator::weights) denominator = weights;
     if (f.denominator == Denominator::elements) denominator = voxels * (classes - f.voxel_skipped);
     // Nothing to learn from (all voxels ignored, or only classes of weight 0): 0, not 0/0.
-    const bool ignored = f.batch_voxels > 0 && denominator == 0;
+    const bool ignored = !f.empty && denominator == 0;
     const double scale = ignored ? 0 : voxel_lambda / denominator;
     voxel = ignored ? 0 : scale * sum;
     for (int64_t b = 0; b < samples; ++b)

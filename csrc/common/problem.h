@@ -77,7 +77,8 @@ struct Problem {
 
 // Labels outside [0, C) that are not ignore_index.
 struct BadLabels {
-  int64_t count = 0, sample = -1, voxel = -1, label = 0;
+  int64_t count = 0, sample = -1, voxel = -1;
+  double label = 0;  // of the first one
 };
 
 }  // namespace dicekernels

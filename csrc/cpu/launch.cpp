@@ -1,8 +1,10 @@
 // From the tensors of an op call to chunks on torch's own thread pool.
 #include "launch.h"
 
+#include <cmath>
 #include <cstdlib>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "kernels.h"
@@ -57,6 +59,7 @@ char* workspace(int64_t bytes) {
   thread_local std::unique_ptr<char, Free> buffer;
   thread_local int64_t size = 0;
   if (size < bytes) {
+    size = 0;
     buffer.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
     STD_TORCH_CHECK(buffer != nullptr, "out of memory for ", bytes, " bytes of workspace");
     size = bytes;
@@ -84,13 +87,17 @@ void check_labels(const Problem& p, const std::vector<BadLabels>& chunks) {
     if (all.count == 0) all = bad;
     all.count = count;
   }
-  STD_TORCH_CHECK(all.count == 0, "target: ", all.count, " of ", p.batch * p.voxels,
-                  " voxels hold a label outside [0, ", p.classes, "), the first is ", all.label,
+  if (all.count == 0) return;
+  const bool integral = all.label == std::floor(all.label) && std::fabs(all.label) < 9e18;
+  const std::string label =
+      integral ? std::to_string(static_cast<int64_t>(all.label)) : std::to_string(all.label);
+  STD_TORCH_CHECK(false, "target: ", all.count, " of ", p.batch * p.voxels,
+                  " voxels hold a label outside [0, ", p.classes, "), the first is ", label,
                   " (sample ", all.sample, ", voxel ", all.voxel, "). Expected labels 0 to ",
                   p.classes - 1, " for logits with ", p.classes,
-                  " channels: remap the labels, give the network more channels, or pass "
-                  "ignore_index=",
-                  all.label, " to leave these voxels out");
+                  " channels: remap the labels, give the network more channels, or ",
+                  integral ? "pass ignore_index=" + label + " to leave these voxels out"
+                           : "leave these voxels out by a mask");
 }
 
 }  // namespace

@@ -170,11 +170,18 @@ inline int64_t read_labels(const Problem& problem, int64_t sample, int64_t first
       else
         return has_ignore & (static_cast<double>(value) == static_cast<double>(ignore));
     };
+    // As MONAI's labels.long(), but of numbers alone that have such a value.
+    const auto truncated = [&](auto value) {
+      if constexpr (std::is_same_v<W, int32_t> || std::is_integral_v<S>)
+        return static_cast<W>(value);
+      else
+        return value > -1 && value < 1e9 ? static_cast<W>(value) : W{-1};
+    };
     const int64_t stride = view.voxel;
     const auto read = [&](auto unit) {
       for (int64_t i = 0; i < n; ++i) {
         const auto value = widen(source[unit() ? i : i * stride]);
-        const W label = static_cast<W>(value);
+        const W label = truncated(value);
         const bool valid = (label >= 0) & (label < classes) & !ignored(value);
         labels[i] = static_cast<T>(valid ? label : W{-1});
         invalid += !valid;
@@ -184,10 +191,10 @@ inline int64_t read_labels(const Problem& problem, int64_t sample, int64_t first
     if (invalid == 0) return;
     for (int64_t i = 0; i < n; ++i) {
       const auto value = widen(source[i * stride]);
-      const W label = static_cast<W>(value);
+      const W label = truncated(value);
       if ((label >= 0 && label < classes) || ignored(value)) continue;
       if (weights != nullptr && weights[i] == 0) continue;
-      if (bad->count++ == 0) *bad = {1, sample, first + i, static_cast<int64_t>(label)};
+      if (bad->count++ == 0) *bad = {1, sample, first + i, static_cast<double>(value)};
     }
   });
   for (int64_t i = n; i < padded; ++i) labels[i] = -1;

@@ -58,11 +58,15 @@ void overlap_rows(const Tile<T>& tile, const Accumulators<T>& sums, int64_t c, c
     Vec<T> p = load<T>(p_row + v) * load<T>(scale_row + v);
     if constexpr (O == Overlap::product && !Dense && !Masked) {
       const auto hit = load<T>(g_row + v) == label;
-      i.add(hit ? p : zero);
-      fp.add(hit ? zero : p);
-      fn.add(hit ? one - p : zero);
-      if constexpr (Count) count.add(hit ? one : zero);
-      if constexpr (Ce) pos.add(hit ? -tile.log_p(load<T>(z_row + v), v) : zero);
+      // Selected after the addition: one masked instruction each.
+      i.value = hit ? i.value + p : i.value;
+      fp.value = hit ? fp.value : fp.value + p;
+      fn.value = hit ? fn.value + (one - p) : fn.value;
+      if constexpr (Count) count.value = hit ? count.value + one : count.value;
+      if constexpr (Ce) {
+        const Vec<T> log_p = tile.log_p(load<T>(z_row + v), v);
+        pos.value = hit ? pos.value - log_p : pos.value;
+      }
     } else {
       Vec<T> g = tile.template target<Dense>(g_row, static_cast<T>(c), v), weight = one;
       const Vec<T> m = Masked ? load<T>(tile.m + v) : one;

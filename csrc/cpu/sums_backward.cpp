@@ -27,13 +27,13 @@ bool has_overlap(const Problem& problem) {
   return problem.rows & ((1 << kI) | (1 << kFP) | (1 << kFN));
 }
 
-// a * g of class c.
+// a * g + b of class c.
 template <bool Dense, class T>
-DK_INLINE Vec<T> weighted_target(T a, int64_t c, const T* g_row, int64_t v) {
+DK_INLINE Vec<T> weighted_target(T a, T b, int64_t c, const T* g_row, int64_t v) {
   if constexpr (Dense)
-    return a * load<T>(g_row + v);
+    return a * load<T>(g_row + v) + b;
   else
-    return load<T>(g_row + v) == splat(static_cast<T>(c)) ? splat(a) : splat(T{0});
+    return load<T>(g_row + v) == splat(static_cast<T>(c)) ? splat(a + b) : splat(b);
 }
 
 // d(overlap rows)/dp of class c, without the voxel weight.
@@ -72,7 +72,7 @@ void load_shift(Tile<T>& tile, const Slopes<T>* slopes) {
         shift =
             shift + p * overlap_slope_at<O, Dense, Masked>(tile, a, static_cast<T>(c), p, g_row, v);
       }
-      if constexpr (Ce) shift = shift - (weighted_target<Dense>(a.pos, c, g_row, v) + a.ls);
+      if constexpr (Ce) shift = shift - weighted_target<Dense>(a.pos, a.ls, c, g_row, v);
       store<T>(tile.shift + v, shift);
     }
   }
@@ -89,8 +89,9 @@ void load_focal_pull(Tile<T>& tile, const Slopes<T>* slopes) {
     const T *g_row = tile.target_row(c), *z_row = tile.z + c * tile.z_stride;
     for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
       const Vec<T> log_p = tile.focal_log_p(load<T>(z_row + v), v);
-      store<T>(tile.pull + v, load<T>(tile.pull + v) + weighted_target<Dense>(a.pos, c, g_row, v) *
-                                                           softmax_focal(log_p, gamma).slope);
+      store<T>(tile.pull + v,
+               load<T>(tile.pull + v) + weighted_target<Dense>(a.pos, T{0}, c, g_row, v) *
+                                            softmax_focal(log_p, gamma).slope);
     }
   }
 }
@@ -104,7 +105,7 @@ void softmax_gradient(const Tile<T>& tile, const Slopes<T>& a, int64_t c, const 
     const Vec<T> slope =
         overlap_slope_at<O, Dense, Masked>(tile, a, static_cast<T>(c), p, g_row, v);
     Vec<T> gradient = p * (slope - load<T>(tile.shift + v));
-    if constexpr (Ce) gradient = gradient - (weighted_target<Dense>(a.pos, c, g_row, v) + a.ls);
+    if constexpr (Ce) gradient = gradient - weighted_target<Dense>(a.pos, a.ls, c, g_row, v);
     store<T>(out + v, gradient);
   }
 }
@@ -137,7 +138,7 @@ void add_voxel_gradient(const Tile<T>& tile, const Slopes<T>& a, int64_t c, cons
   if (problem.voxel_term == VoxelTerm::ce) {
     for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
       const Vec<T> p = load<T>(e_row + v) * load<T>(tile.scale + v);
-      add(v, -p * load<T>(tile.shift + v) - (weighted_target<Dense>(a.pos, c, g_row, v) + a.ls));
+      add(v, -p * load<T>(tile.shift + v) - weighted_target<Dense>(a.pos, a.ls, c, g_row, v));
     }
   } else if (problem.voxel_term == VoxelTerm::bce) {
     for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {

@@ -11,14 +11,14 @@ template <class T>
 constexpr int64_t tile_voxels(int64_t classes) {
   int64_t voxels = 512;
   // Two (C, voxels) buffers have to stay in the second-level cache.
-  while (voxels > 64 && 2 * voxels * classes * static_cast<int64_t>(sizeof(T)) > 160 * 1024)
+  while (voxels > 64 && 2 * voxels * classes * static_cast<int64_t>(sizeof(T)) > 320 * 1024)
     voxels /= 2;
   return voxels;
 }
 
-// With more classes than ways of a first-level cache, rows a power of two apart evict each other;
+// With more classes than ways of a second-level cache, rows a power of two apart evict each other;
 // then the tile is copied.
-constexpr int64_t kDirectClasses = 12;
+constexpr int64_t kDirectClasses = 16;
 
 constexpr int64_t kTileRows = 12;  // rows of one value a voxel in Tile below
 

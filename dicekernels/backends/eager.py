@@ -247,7 +247,7 @@ def loss(
 ) -> Tensor:
     """The loss of a whole problem, differentiable in every tensor argument and to any order."""
     totals = sums(logits, target, mask, spec.sums).sum(1)
-    batch_voxels = logits.shape[0] * logits.shape[2:].numel()
+    empty = logits.shape[0] * logits.shape[2:].numel() == 0
     return formulas.finish(
         totals,
         class_weight,
@@ -257,7 +257,7 @@ def loss(
         voxel_lambda,
         spec.sums.rows,
         spec.finish,
-        batch_voxels,
+        empty,
     )
 
 
@@ -281,11 +281,19 @@ def check_labels(slots: Tensor, target: Tensor, mask: Tensor | None, classes: in
         wrong &= mask.flatten() != 0
     at = int(wrong.nonzero()[0])
     voxels = max(1, labels.numel() // max(1, slots.shape[0]))
+    value = target.flatten()[at].item()
+    integral = float(value).is_integer()
+    first = str(int(value)) if integral else str(value)
+    remedy = (
+        f"pass ignore_index={first} to leave these voxels out"
+        if integral
+        else "leave these voxels out by a mask"
+    )
     raise LabelRangeError(
         f"target: {count} of {labels.numel()} voxels hold a label outside [0, {classes}), the first is "
-        f"{int(labels[at])} (sample {at // voxels}, voxel {at % voxels}). Expected labels 0 to {classes - 1} "
-        f"for logits with {classes} channels: remap the labels, give the network more channels, or pass "
-        f"ignore_index={int(labels[at])} to leave these voxels out"
+        f"{first} (sample {at // voxels}, voxel {at % voxels}). Expected labels 0 to {classes - 1} "
+        f"for logits with {classes} channels: remap the labels, give the network more channels, or "
+        f"{remedy}"
     )
 
 
@@ -304,7 +312,9 @@ def sums_backward(
     if logits.numel() == 0:
         return gradient
     flat = _flat(logits, target, mask, spec)
-    parts = []
+    # Written piece by piece where the space of the gradient is one dimension of it.
+    out = gradient.flatten(2)
+    shared = out.data_ptr() == gradient.data_ptr()
     for first, count in _pieces(logits, min(chunk_voxels(voxels), voxels)):
         piece = Piece(*flat, spec, first, count)
         bits = (I, FP, FN, POS, NEG, LS)
@@ -316,8 +326,8 @@ def sums_backward(
             part = part + piece.overlap_gradient(a)
         if spec.voxel_term != VoxelTerm.NONE:
             part = part + piece.voxel_gradient(a)
-        parts.append((part * piece.m).to(logits.dtype))
-    return gradient.copy_(torch.cat(parts, 2).view(gradient.shape))
+        out[:, :, first : first + count] = part * piece.m
+    return gradient if shared else gradient.copy_(out.view(gradient.shape))
 
 
 def _per_class(grad_loss: Tensor, classes: int) -> Tensor:

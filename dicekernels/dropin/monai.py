@@ -1,6 +1,7 @@
 """The names of ``monai.losses`` (1.6.1) that this version replaces, aliases included."""
 
-from ..modules import DiceCELoss, DiceLoss, GeneralizedDiceLoss, TverskyLoss
+from ..compound import DiceCELoss
+from ..modules import DiceLoss, GeneralizedDiceLoss, TverskyLoss
 
 Dice = DiceLoss
 dice_ce = DiceCELoss

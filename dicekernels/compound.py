@@ -1,0 +1,214 @@
+"""Losses of two halves from one pass: the modules that add a voxel term to an overlap loss.
+
+Conventions: ``dicekernels.modules``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
+
+from . import checks, functional
+from .evaluate import record_line
+from .modules import DiceLoss
+
+# Attribute -> where its value lives.
+FACTORS = {"lambda_dice": "_lambda_dice", "lambda_ce": "_lambda_ce"}
+
+
+def _factor(value: float, before: Tensor | None) -> Tensor:
+    """A 0-dim float64 tensor where the one before it was; real and trainable in any context of torch."""
+    device = torch.device("cpu") if before is None or before.is_meta else before.device
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=torch.float64, device=device)
+
+
+class DiceCELoss(_Loss):
+    """``monai.losses.DiceCELoss`` from one pass over the logits.
+
+    The options of its halves live where MONAI has them, in ``dice``, ``cross_entropy`` and
+    ``binary_cross_entropy``; state_dict keys follow. What the one pass cannot express (another module
+    in their place, hooks on them, an overridden ``ce``, reductions that differ, an ``ignore_index`` of one
+    half) makes it the sum of the two halves, as in MONAI; ``explain`` says so.
+
+    ``lambda_dice`` and ``lambda_ce`` may change every step: numbers live in 0-dim buffers, so that a
+    warm-up recompiles nothing, and tensors that require a gradient get it. Extras: ``ignore_index``,
+    ``soft_label``, ``ce_include_background`` (``functional.dice_ce_loss``), ``weight`` as a sequence.
+
+    Raises:
+        TypeError, ValueError: as MONAI, for options that do not fit together.
+    """
+
+    lambda_dice: float | Tensor
+    lambda_ce: float | Tensor
+
+    def __init__(
+        self,
+        include_background: bool = True,
+        to_onehot_y: bool = False,
+        sigmoid: bool = False,
+        softmax: bool = False,
+        other_act: Callable[[Tensor], Tensor] | None = None,
+        squared_pred: bool = False,
+        jaccard: bool = False,
+        reduction: str = "mean",
+        smooth_nr: float = 1e-5,
+        smooth_dr: float = 1e-5,
+        batch: bool = False,
+        weight: checks.Weight = None,
+        lambda_dice: float | Tensor = 1.0,
+        lambda_ce: float | Tensor = 1.0,
+        label_smoothing: float = 0.0,
+        *,
+        ignore_index: int | None = None,
+        soft_label: bool = False,
+        ce_include_background: bool = True,
+    ) -> None:
+        reduction = checks.option("reduction", reduction, ("mean", "sum"))
+        super().__init__()
+        ce_weight = checks.as_weight(weight)
+        dice_weight = ce_weight
+        if ce_weight is not None and ce_weight.ndim and not include_background:
+            dice_weight = ce_weight[1:]
+        self.dice = DiceLoss(
+            include_background=include_background,
+            to_onehot_y=to_onehot_y,
+            sigmoid=sigmoid,
+            softmax=softmax,
+            other_act=other_act,
+            squared_pred=squared_pred,
+            jaccard=jaccard,
+            reduction=reduction,
+            smooth_nr=smooth_nr,
+            smooth_dr=smooth_dr,
+            batch=batch,
+            weight=dice_weight,
+            soft_label=soft_label,
+            ignore_index=ignore_index,
+        )
+        self.cross_entropy = nn.CrossEntropyLoss(
+            weight=ce_weight, reduction=reduction, label_smoothing=label_smoothing
+        )
+        self.binary_cross_entropy = nn.BCEWithLogitsLoss(pos_weight=ce_weight, reduction=reduction)
+        self.ignore_index = ignore_index
+        self.ce_include_background = ce_include_background
+        self.lambda_dice = lambda_dice
+        self.lambda_ce = lambda_ce
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in FACTORS:
+            super().__setattr__(name, value)
+        elif isinstance(value, nn.Parameter):
+            self._buffers.pop(FACTORS[name], None)
+            super().__setattr__(FACTORS[name], value)
+        else:
+            self._parameters.pop(FACTORS[name], None)
+            if not (isinstance(value, Tensor) and value.requires_grad):
+                checks.non_negative(name, float(value))
+                value = _factor(float(value), self._buffers.get(FACTORS[name]))
+            # A new tensor each time: the one of an earlier step may wait for its backward.
+            self._buffers[FACTORS[name]] = value
+            self._non_persistent_buffers_set.add(FACTORS[name])
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in FACTORS:
+            return super().__getattr__(name)
+        value = super().__getattr__(FACTORS[name])
+        assert isinstance(value, Tensor)
+        return value if value.requires_grad else float(value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DiceCELoss:
+        """As in Module, but ``half()`` leaves the factors in float64, and ``to_empty`` their values."""
+        kept = {name: self._buffers[name] for name in FACTORS.values() if name in self._buffers}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in kept.items():
+            moved = self._buffers[name]
+            if value is not None and moved is not None and not moved.is_meta:
+                self._buffers[name] = value.to(moved.device)
+        return self
+
+    def ce(self, input: Tensor, target: Tensor) -> Tensor:
+        """The cross entropy half alone, in PyTorch; a subclass may override it."""
+        if input.shape[1] != target.shape[1] and target.shape[1] == 1:
+            target = target.squeeze(1).long()
+        elif not target.is_floating_point():
+            target = target.to(input.dtype)
+        return self.cross_entropy(input, target)  # type: ignore[no-any-return]
+
+    def bce(self, input: Tensor, target: Tensor) -> Tensor:
+        """The binary half for one channel alone, in PyTorch; a subclass may override it."""
+        if not target.is_floating_point():
+            target = target.to(input.dtype)
+        return self.binary_cross_entropy(input, target)  # type: ignore[no-any-return]
+
+    def _apart_reason(self, binary: bool) -> str:
+        """Why the halves cannot share one pass, or ""."""
+        halves = (self.dice, self.cross_entropy, self.binary_cross_entropy)
+        ours = (DiceLoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)
+        if any(type(half) is not kind for half, kind in zip(halves, ours, strict=True)):
+            return "a half is another module"
+        if type(self).ce is not DiceCELoss.ce or type(self).bce is not DiceCELoss.bce:
+            return "ce or bce is overridden"
+        if any(half._forward_hooks or half._forward_pre_hooks or half._backward_hooks for half in halves):
+            return "a half has hooks"
+        voxel: nn.CrossEntropyLoss | nn.BCEWithLogitsLoss = (
+            self.binary_cross_entropy if binary else self.cross_entropy
+        )
+        if self.dice.reduction != voxel.reduction:
+            return "the reductions of the halves differ"
+        if self.dice.ignore_index != self.ignore_index or self.dice.log_loss:
+            return "the Dice half has an option of its own"
+        if binary and self.binary_cross_entropy.weight is not None:
+            return "the binary half has a weight of its own"
+        if not binary and self.cross_entropy.ignore_index != -100:
+            return "the cross entropy half has an ignore_index of its own"
+        return ""
+
+    def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """``functional.dice_ce_loss`` with the options of this module."""
+        binary = isinstance(input, Tensor) and input.ndim > 1 and input.shape[1] == 1
+        reason = self._apart_reason(binary)
+        if reason:
+            return self._apart(input, target, mask, binary, reason)
+        dice = self.dice
+        return functional.dice_ce_loss(
+            input,
+            target,
+            include_background=dice.include_background,
+            to_onehot_y=dice.to_onehot_y,
+            sigmoid=dice.sigmoid,
+            softmax=dice.softmax,
+            other_act=dice.other_act,
+            squared_pred=dice.squared_pred,
+            jaccard=dice.jaccard,
+            reduction=dice.reduction,
+            smooth_nr=dice.smooth_nr,
+            smooth_dr=dice.smooth_dr,
+            batch=dice.batch,
+            weight=self.binary_cross_entropy.pos_weight if binary else self.cross_entropy.weight,
+            dice_weight=dice.class_weight,
+            lambda_dice=getattr(self, FACTORS["lambda_dice"]),
+            lambda_ce=getattr(self, FACTORS["lambda_ce"]),
+            label_smoothing=self.cross_entropy.label_smoothing,
+            ignore_index=self.ignore_index,
+            soft_label=dice.soft_label,
+            ce_include_background=self.ce_include_background,
+            mask=mask,
+        )
+
+    def _apart(self, input: Tensor, target: Tensor, mask: Tensor | None, binary: bool, reason: str) -> Tensor:
+        if mask is not None or self.ignore_index is not None or not self.ce_include_background:
+            raise RuntimeError(
+                f"DiceCELoss: {reason}, so its halves run apart; mask, ignore_index and "
+                "ce_include_background need them in one pass. Undo the change or drop the option"
+            )
+        checks.tensors(input, target, mask)
+        checks.dice_ce_shapes(input, target)
+        record_line(f"two passes, the cross entropy in PyTorch: {reason}")
+        voxel = self.bce(input, target) if binary else self.ce(input, target)
+        total: Tensor = self.lambda_dice * self.dice(input, target) + self.lambda_ce * voxel
+        return total
