@@ -179,13 +179,33 @@ def test_an_option_changed_after_construction_takes_effect():
     assert before[0] != after[0]
 
 
-def test_dynamic_shapes():
+def test_patches_of_every_size_share_two_graphs():
+    """One for the first size, one with symbols for all others (of more than one chunk of 4096 voxels)."""
     loss = DiceCELoss(**HOT)
-    fast = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    fast = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=False):
-        for space in [(4, 5, 6), (8, 9, 10), (17, 16, 16)]:  # the last one has two chunks
+        for space in [(17, 16, 18), (20, 21, 22), (19, 23, 17), (31, 16, 12), (24, 24, 24)]:
             logits, labels = make_logits((2, 3, *space)), make_labels((2, 1, *space), 3)
             assert_same(bits(fast, logits, labels), bits(loss, logits, labels))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_a_dimension_marked_dynamic_stays_so():
+    loss = DiceCELoss(**HOT)
+    fast = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    logits, labels = make_logits((2, 3, 4, 5, 6)), make_labels((2, 1, 4, 5, 6), 3)
+    for tensor in (logits, labels):
+        torch._dynamo.mark_dynamic(tensor, 2)
+    assert torch.equal(fast(logits, labels), loss(logits, labels))
+
+
+def test_one_channel_compiles_though_it_warns_in_eager():
+    logits, target = make_logits((2, 1, 4, 5, 6)), make_values((2, 1, 4, 5, 6))
+    loss = DiceCELoss(softmax=True, include_background=False)
+    with pytest.warns(UserWarning, match="single channel prediction"):
+        expected = loss(logits, target)
+    assert torch.equal(compiled(loss)(logits, target), expected)
 
 
 def test_labels_out_of_range_are_an_error_there_too():

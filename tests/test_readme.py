@@ -1,0 +1,25 @@
+"""The code of the README runs as it stands, from top to bottom."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+def test_every_block_of_code_runs_and_trains(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    names = {
+        "logits": torch.randn(2, 4, 8, 8, 8, requires_grad=True),
+        "label": torch.randint(4, (2, 1, 8, 8, 8), dtype=torch.uint8),
+    }
+    for block in blocks:
+        exec(block, names)
+    logits = names["logits"]
+    dice_ce = torch.autograd.grad(names["loss"](logits, names["label"]), logits)[0]
+    assert not torch.equal(logits.grad, dice_ce)  # that of the loss of one's own came on top
+    assert "backend: cpu" in capsys.readouterr().out
