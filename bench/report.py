@@ -39,15 +39,17 @@ def best(rows: Iterable[Row], role: str) -> Row | None:
 def render(document: schema.Document) -> str:
     """All tables of a document: one per case and allocator, the summary, memory."""
     groups = _groups(document["timings"])
-    parts = [_header(document)]
+    parts = [header(document)]
     parts += [_case_table(rows) for rows in groups]
-    parts += ["Time, forward + backward, in one line per case", _summary(groups)]
+    summary = tabulate(summary_lines(document), SUMMARY_HEADS, disable_numparse=True)
+    parts += ["Time, forward + backward, in one line per case", summary]
     if document["memory"]:
-        parts += ["Memory, as multiples of the logits' size", _memory_table(document["memory"])]
+        memory = tabulate(memory_lines(document["memory"]), MEMORY_HEADS, disable_numparse=True)
+        parts += ["Memory, as multiples of the logits' size", memory]
     return "\n\n".join(parts)
 
 
-def _header(document: schema.Document) -> str:
+def header(document: schema.Document) -> str:
     host, device = document["host"], document["device"]
     busy = (host["load_average"] or 0) > host["cores"] / 2
     dirty = {True: " with local changes", False: "", None: ""}[document["dirty"]]
@@ -97,9 +99,13 @@ def _case_table(rows: list[Row]) -> str:
     return "\n".join([title, table, *notes])
 
 
-def _summary(groups: list[list[Row]]) -> str:
+SUMMARY_HEADS = ["case", "allocator", "check", "ours / floor", "than MONAI", "than best compiled", "which is"]
+
+
+def summary_lines(document: schema.Document) -> list[list[str]]:
+    """A line for each case and allocator, under SUMMARY_HEADS."""
     lines = []
-    for rows in groups:
+    for rows in _groups(document["timings"]):
         ours = _the(rows, "ours")
         compiled = best(rows, "compiled")
         lines.append(
@@ -113,12 +119,15 @@ def _summary(groups: list[list[Row]]) -> str:
                 compiled["contender"] if compiled else "",
             ]
         )
-    heads = ["case", "allocator", "check", "ours / floor", "than MONAI", "than best compiled"]
-    heads += ["which is"]
-    return str(tabulate(lines, heads, disable_numparse=True))
+    return lines
 
 
-def _memory_table(rows: list[Row]) -> str:
+MEMORY_HEADS = ["case", "contender", "forward", "kept", "backward", "peak"]
+MEMORY_HEADS += ["resident forward", "kept", "peak"]
+
+
+def memory_lines(rows: list[Row]) -> list[list[str]]:
+    """A line for each case and contender, in multiples of the logits' size, under MEMORY_HEADS."""
     lines = []
     for row in rows:
         profiled, resident, unit = row["profiled"], row["resident"] or {}, row["logits_bytes"]
@@ -127,9 +136,7 @@ def _memory_table(rows: list[Row]) -> str:
         parts += [resident.get(key) for key in ("forward_peak", "kept", "peak")]
         cells = ["" if part is None else f"{part / unit:.4f}" for part in parts]
         lines.append([_name(row), row["contender"], *cells])
-    heads = ["case", "contender", "forward", "kept", "backward", "peak"]
-    heads += ["resident forward", "kept", "peak"]
-    return str(tabulate(lines, heads, disable_numparse=True))
+    return lines
 
 
 def _name(row: Row) -> str:

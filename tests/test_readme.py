@@ -5,9 +5,22 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+
+
+def test_the_figures_are_those_of_the_committed_result():
+    pytest.importorskip("tabulate")
+    pytest.importorskip("monai")
+    from bench import readme, schema
+
+    block = readme.BLOCK.search(README.read_text())
+    assert block["file"].startswith("bench/results/")
+    expected = readme.section(schema.load(ROOT / block["file"]))
+    assert expected in block[0]
 
 
 def test_every_block_of_code_runs_and_trains(capsys):
