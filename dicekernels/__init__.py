@@ -5,11 +5,10 @@ Functions: ``dicekernels.functional``. What runs where: ``python -m dicekernels.
 """
 
 from ._version import __version__
-from .compound import DiceCELoss
 from .dispatch import available_backends, use_backend
 from .explain import explain
 from .functional import region_sums
-from .modules import DiceLoss, GeneralizedDiceLoss, TverskyLoss
+from .modules import DiceCELoss, DiceLoss, GeneralizedDiceLoss, TverskyLoss
 from .ops import LabelRangeError
 
 __all__ = [

@@ -132,7 +132,7 @@ def oracle_rows(
         ignored = labels == ignore_index if ignore_index is not None else torch.zeros_like(labels).bool()
         m = m * ~ignored
         target = reference.dense_target(z, torch.where(m == 0, 0, labels), True)
-    p, g = reference._activate(z, activation), target.to(dtype)
+    p, g = reference.rows.activate(z, activation), target.to(dtype)
     weight, product = (m, 1) if mask_mode == "weight" else (1, m)
     p, g, space = p * product, g * product, tuple(range(2, z.ndim))
     inside = m != 0

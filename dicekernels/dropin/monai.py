@@ -1,7 +1,6 @@
 """The names of ``monai.losses`` (1.6.1) that this version replaces, aliases included."""
 
-from ..compound import DiceCELoss
-from ..modules import DiceLoss, GeneralizedDiceLoss, TverskyLoss
+from ..modules import DiceCELoss, DiceLoss, GeneralizedDiceLoss, TverskyLoss
 
 Dice = DiceLoss
 dice_ce = DiceCELoss

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
-from . import checks, functional
-from .evaluate import record_line
-from .modules import DiceLoss
+from .. import checks, functional
+from ..evaluate import record_line
+from .overlap import DiceLoss
 
 # Attribute -> where its value lives.
 FACTORS = {"lambda_dice": "_lambda_dice", "lambda_ce": "_lambda_ce"}

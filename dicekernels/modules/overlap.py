@@ -1,9 +1,4 @@
-"""The losses as modules: MONAI 1.6.1's constructors, attributes, state_dict keys and results.
-
-Every argument after MONAI's last is an extra of ours, by keyword only. ``forward(input, target)`` is
-MONAI's; its ``mask`` (B, 1, *S) of voxel weights is ours. Attributes may be changed at any time, the
-next call follows them. Formulas and options: ``dicekernels.functional`` and docs/semantics.md.
-"""
+"""Modules of the losses of overlap sums alone. Conventions: ``dicekernels.modules``."""
 
 from __future__ import annotations
 
@@ -13,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from . import checks, functional
-from .prepare import OtherAct
+from .. import checks, functional
+from ..prepare import OtherAct
 
 
 class _OverlapLoss(_Loss):

@@ -1,0 +1,26 @@
+"""START HERE: the losses as functions of (logits, target).
+
+Shapes: logits (B, C, *S), raw unless no activation is asked for; target a label map (B, 1, *S) or
+(B, *S) of any dtype that holds integers with ``to_onehot_y=True``, else values (B, C, *S); mask
+(B, 1, *S) voxel weights that enter every sum linearly, in addition to the other options.
+
+One call makes one pass over the volume forward and one backward and keeps nothing of its size but
+the caller's own tensors. Formulas: docs/semantics.md; they are MONAI 1.6.1's unless said otherwise.
+All functions raise AssertionError, TypeError or ValueError, as MONAI, for arguments that do not fit,
+and LabelRangeError for a label outside [0, C) that is not ``ignore_index`` (CPU).
+"""
+
+from __future__ import annotations
+
+from ..sums import RegionSums, region_sums
+from .compound import dice_ce_loss
+from .overlap import dice_loss, generalized_dice_loss, tversky_loss
+
+__all__ = [
+    "RegionSums",
+    "dice_ce_loss",
+    "dice_loss",
+    "generalized_dice_loss",
+    "region_sums",
+    "tversky_loss",
+]

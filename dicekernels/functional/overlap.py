@@ -1,0 +1,192 @@
+"""Losses of overlap sums alone: Dice, generalized Dice, Tversky."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import checks, reference
+from ..prepare import OtherAct, like_input, prepare
+from ..spec import FinishSpec, Formula, GdlWeight, Reduction, Transform
+from ..terms import ones_shape, overlap_call, overlap_of, reduction_of, terms_shape
+from .dense import or_dense
+
+_GDL_WEIGHTS = {
+    "square": GdlWeight.SQUARE,
+    "simple": GdlWeight.SIMPLE,
+    "uniform": GdlWeight.UNIFORM,
+}
+
+
+@or_dense(reference.dice_loss)
+def dice_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: OtherAct = None,
+    squared_pred: bool = False,
+    jaccard: bool = False,
+    reduction: str = "mean",
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    batch: bool = False,
+    weight: checks.Weight = None,
+    soft_label: bool = False,
+    ignore_index: int | None = None,
+    log_loss: bool = False,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Dice loss 1 - (2I + nr) / (P + G + dr) of each (sample, class), or of each class with ``batch``.
+
+    Options as ``monai.losses.DiceLoss``; ``log_loss`` takes -log of the score instead (as
+    ``segmentation_models_pytorch``), ``mask`` weighs voxels.
+
+    Returns:
+        () for reduction "mean" and "sum"; for "none" (B, K, 1, ..) or, with ``batch``, (K, 1, ..).
+    """
+    inputs = prepare(
+        logits,
+        target,
+        mask,
+        include_background,
+        to_onehot_y,
+        sigmoid,
+        softmax,
+        other_act,
+        ignore_index,
+    )
+    finish = FinishSpec(
+        Formula.RATIO,
+        alpha=2.0 if jaccard else 1.0,
+        beta=2.0 if jaccard else 1.0,
+        smooth_nr=checks.constant("smooth_nr", smooth_nr),
+        smooth_dr=checks.constant("smooth_dr", smooth_dr),
+        transform=Transform.LOG if log_loss else Transform.LINEAR,
+        skipped=inputs.skipped,
+        batch=batch,
+        reduction=reduction_of(reduction),
+    )
+    call = overlap_call(inputs, overlap_of(squared_pred, soft_label), finish)
+    call.class_weight = checks.class_weight(checks.as_weight(weight), inputs.classes)
+    if finish.reduction == Reduction.NONE:
+        call.shape = (*terms_shape(inputs, batch), *ones_shape(inputs))
+    return like_input(call.run(), logits, target)
+
+
+@or_dense(reference.generalized_dice_loss)
+def generalized_dice_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: OtherAct = None,
+    w_type: str = "square",
+    reduction: str = "mean",
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    batch: bool = False,
+    soft_label: bool = False,
+    ignore_index: int | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Generalized Dice loss 1 - (2 sum_c w_c I_c + nr) / (sum_c w_c (P_c + G_c) + dr), w_c = 1/G_c^2.
+
+    Options as ``monai.losses.GeneralizedDiceLoss``; ``ignore_index`` as in :func:`dice_loss`,
+    ``mask`` weighs voxels. A class without a voxel gets the largest finite weight of the sample.
+
+    Returns:
+        () for reduction "mean" and "sum"; for "none" (B, 1, 1, ..) or, with ``batch``, (1, 1, ..).
+    """
+    inputs = prepare(
+        logits,
+        target,
+        mask,
+        include_background,
+        to_onehot_y,
+        sigmoid,
+        softmax,
+        other_act,
+        ignore_index,
+    )
+    finish = FinishSpec(
+        Formula.GENERALIZED,
+        smooth_nr=checks.constant("smooth_nr", smooth_nr),
+        smooth_dr=checks.constant("smooth_dr", smooth_dr),
+        gdl_weight=_GDL_WEIGHTS[checks.option("w_type", w_type, tuple(_GDL_WEIGHTS))],
+        skipped=inputs.skipped,
+        batch=batch,
+        reduction=reduction_of(reduction),
+    )
+    call = overlap_call(inputs, overlap_of(False, soft_label), finish)
+    call.dtype = torch.promote_types(call.dtype, torch.float32)  # MONAI's weights are float32
+    if finish.reduction == Reduction.NONE:
+        call.shape = (1, *ones_shape(inputs)) if batch else (logits.shape[0], 1, *ones_shape(inputs))
+    return like_input(call.run(), logits, target)
+
+
+@or_dense(reference.tversky_loss)
+def tversky_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: OtherAct = None,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    reduction: str = "mean",
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    batch: bool = False,
+    soft_label: bool = False,
+    ignore_index: int | None = None,
+    gamma: float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Tversky loss 1 - (I + nr) / (I + alpha FP + beta FN + dr) of each (sample, class).
+
+    Options as ``monai.losses.TverskyLoss``. ``gamma`` is the exponent of the focal Tversky loss,
+    max(1 - score, 0)**gamma of each term before the reduction; ``mask`` weighs voxels.
+
+    Returns:
+        () for reduction "mean" and "sum"; for "none" (B, K) or, with ``batch``, (K,).
+    """
+    inputs = prepare(
+        logits,
+        target,
+        mask,
+        include_background,
+        to_onehot_y,
+        sigmoid,
+        softmax,
+        other_act,
+        ignore_index,
+    )
+    if gamma <= 0:
+        raise ValueError(f"gamma: got {gamma}, expected a positive exponent (1 is the plain Tversky loss)")
+    finish = FinishSpec(
+        Formula.RATIO,
+        kappa=1.0,
+        alpha=checks.constant("alpha", alpha),
+        beta=checks.constant("beta", beta),
+        smooth_nr=checks.constant("smooth_nr", smooth_nr),
+        smooth_dr=checks.constant("smooth_dr", smooth_dr),
+        transform=Transform.LINEAR if gamma == 1 else Transform.POWER,
+        exponent=float(gamma),
+        skipped=inputs.skipped,
+        batch=batch,
+        reduction=reduction_of(reduction),
+    )
+    call = overlap_call(inputs, overlap_of(False, soft_label), finish)
+    if finish.reduction == Reduction.NONE:
+        call.shape = terms_shape(inputs, batch)
+    return like_input(call.run(), logits, target)

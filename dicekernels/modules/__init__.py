@@ -1,0 +1,11 @@
+"""The losses as modules: MONAI 1.6.1's constructors, attributes, state_dict keys and results.
+
+Every argument after MONAI's last is an extra of ours, by keyword only. ``forward(input, target)`` is
+MONAI's; its ``mask`` (B, 1, *S) of voxel weights is ours. Attributes may be changed at any time, the
+next call follows them. Formulas and options: ``dicekernels.functional`` and docs/semantics.md.
+"""
+
+from .compound import DiceCELoss
+from .overlap import DiceLoss, GeneralizedDiceLoss, TverskyLoss
+
+__all__ = ["DiceCELoss", "DiceLoss", "GeneralizedDiceLoss", "TverskyLoss"]
