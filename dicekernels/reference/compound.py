@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .overlap import dice_loss
+from .focal import Alpha, focal_loss
+from .overlap import dice_loss, generalized_dice_loss
 from .rows import Activation, ClassWeight, region_sums
 
 
@@ -89,3 +90,130 @@ def dice_ce_loss(
         # No voxel with a weight: nothing to learn, where torch would divide 0 by 0.
         total = torch.where(count == 0, 0, total / torch.where(count == 0, 1, count))
     return lambda_dice * dice + lambda_ce * total
+
+
+def dice_focal_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: Activation | None = None,
+    squared_pred: bool = False,
+    jaccard: bool = False,
+    reduction: str = "mean",
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    batch: bool = False,
+    gamma: float = 2.0,
+    weight: ClassWeight = None,
+    lambda_dice: float = 1.0,
+    lambda_focal: float = 1.0,
+    alpha: Alpha = None,
+    use_softmax: bool = False,
+    soft_label: bool = False,
+    ignore_index: int | None = None,
+    mask: Tensor | None = None,
+    dice_weight: ClassWeight | str = "weight",
+) -> Tensor:
+    """lambda_dice * Dice + lambda_focal * focal loss of the raw logits, sigmoid unless ``use_softmax``.
+
+    ``weight``: K factors or one, of both halves unless ``dice_weight`` says otherwise. With
+    ``reduction="none"`` the Dice terms are broadcast over the focal map ``(B, K, *S)``.
+    """
+    dice = dice_loss(
+        logits,
+        target,
+        include_background=include_background,
+        to_onehot_y=to_onehot_y,
+        sigmoid=sigmoid,
+        softmax=softmax,
+        other_act=other_act,
+        squared_pred=squared_pred,
+        jaccard=jaccard,
+        reduction=reduction,
+        smooth_nr=smooth_nr,
+        smooth_dr=smooth_dr,
+        batch=batch,
+        weight=weight if isinstance(dice_weight, str) else dice_weight,
+        soft_label=soft_label,
+        ignore_index=ignore_index,
+        mask=mask,
+    )
+    focal = focal_loss(
+        logits,
+        target,
+        include_background=include_background,
+        to_onehot_y=to_onehot_y,
+        gamma=gamma,
+        alpha=alpha,
+        weight=weight,
+        reduction=reduction,
+        use_softmax=use_softmax,
+        ignore_index=ignore_index,
+        mask=mask,
+    )
+    return lambda_dice * dice + lambda_focal * focal
+
+
+def generalized_dice_focal_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: Activation | None = None,
+    w_type: str = "square",
+    reduction: str = "mean",
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    batch: bool = False,
+    gamma: float = 2.0,
+    weight: ClassWeight = None,
+    lambda_gdl: float = 1.0,
+    lambda_focal: float = 1.0,
+    alpha: Alpha = None,
+    use_softmax: bool = False,
+    soft_label: bool = False,
+    ignore_index: int | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """lambda_gdl * generalized Dice + lambda_focal * focal loss of the raw logits.
+
+    ``weight``: K factors or one, of the focal half alone. ``reduction="none"`` as ``dice_focal_loss``.
+    """
+    gdl = generalized_dice_loss(
+        logits,
+        target,
+        include_background=include_background,
+        to_onehot_y=to_onehot_y,
+        sigmoid=sigmoid,
+        softmax=softmax,
+        other_act=other_act,
+        w_type=w_type,
+        reduction=reduction,
+        smooth_nr=smooth_nr,
+        smooth_dr=smooth_dr,
+        batch=batch,
+        soft_label=soft_label,
+        ignore_index=ignore_index,
+        mask=mask,
+    )
+    focal = focal_loss(
+        logits,
+        target,
+        include_background=include_background,
+        to_onehot_y=to_onehot_y,
+        gamma=gamma,
+        alpha=alpha,
+        weight=weight,
+        reduction=reduction,
+        use_softmax=use_softmax,
+        ignore_index=ignore_index,
+        mask=mask,
+    )
+    return lambda_gdl * gdl + lambda_focal * focal

@@ -1,4 +1,4 @@
-"""Oracle of the overlap losses: MONAI 1.6.1's ``dice.py`` and ``tversky.py``."""
+"""Oracle of the overlap losses: MONAI 1.6.1's ``dice.py``, ``tversky.py`` and ``mcc_loss.py``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rows import Activation, ClassWeight, region_sums
+from .rows import (
+    Activation,
+    ClassWeight,
+    activate,
+    channel_of_labels,
+    dense_target,
+    ignore_mask,
+    quiet,
+    region_sums,
+    voxel_sum,
+)
 
 
 def dice_loss(
@@ -146,6 +156,39 @@ def tversky_loss(
     return reduce(loss, reduction, trailing=None)
 
 
+def mcc_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: Activation | None = None,
+    reduction: str = "mean",
+    smooth_nr: float = 0.0,
+    smooth_dr: float = 1e-5,
+    batch: bool = False,
+    ignore_index: int | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """1 - (TP TN - FP FN + nr) / sqrt((TP + FP) (TP + FN) (TN + FP) (TN + FN) + dr), 0 if FP = FN = 0.
+
+    The ignore mask weighs voxels, as ``mask``: with p m and g m an ignored voxel would be a true negative.
+    ``reduction="none"`` returns ``(B, K)``, or ``(K,)`` with ``batch``.
+    """
+    z, g, valid, weight = masked_inputs(logits, target, to_onehot_y, ignore_index, mask)
+    m = valid * weight
+    p = quiet(activate(z, choose_activation(logits, sigmoid, softmax, other_act)), m)
+    cells = [voxel_sum(m * cell) for cell in (p * g, p * (1 - g), (1 - p) * g, (1 - p) * (1 - g))]
+    tp, fp, fn, tn = kept_sums(cells, logits, include_background, batch)
+
+    perfect = (fp == 0) & (fn == 0)
+    square = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn) + smooth_dr
+    score = (tp * tn - fp * fn + smooth_nr) / torch.where(perfect, 1, square).sqrt()
+    return reduce(torch.where(perfect, 0, 1 - score), reduction, trailing=None)
+
+
 def choose_activation(
     logits: Tensor, sigmoid: bool, softmax: bool, other_act: Activation | None
 ) -> str | Activation | None:
@@ -163,16 +206,35 @@ def dropped(logits: Tensor, include_background: bool) -> int:
 def overlap_sums(
     logits: Tensor, target: Tensor, include_background: bool, batch: bool, **region: Any
 ) -> list[Tensor]:
-    """I, FP, FN, G without the background, summed over the batch when asked.
+    """I, FP, FN, G as ``kept_sums`` gives them; ``region``: options of ``region_sums``."""
+    rows = region_sums(logits, target, **region)
+    return kept_sums([rows[r] for r in ("I", "FP", "FN", "G")], logits, include_background, batch)
+
+
+def kept_sums(rows: list[Tensor], logits: Tensor, include_background: bool, batch: bool) -> list[Tensor]:
+    """Rows ``(B, C)`` without the background, summed over the batch when asked.
 
     Inputs without spatial dims and ``batch=False`` sum to one scalar: MONAI reduces with
     ``torch.sum(x, dim=[])``, where no dimension means every one.
     """
-    rows = region_sums(logits, target, **region)
-    kept = [rows[r][:, dropped(logits, include_background) :] for r in ("I", "FP", "FN", "G")]
+    kept = [row[:, dropped(logits, include_background) :] for row in rows]
     if batch:
         return [row.sum(0) for row in kept]
     return [row.sum() for row in kept] if logits.ndim == 2 else kept
+
+
+def masked_inputs(
+    logits: Tensor, target: Tensor, to_onehot_y: bool, ignore_index: int | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits and dense target ``(B, C, *S)``, quiet where masked, ignore mask and weights ``(B, 1, *S)``."""
+    labels = channel_of_labels(logits, target, to_onehot_y)
+    ones = torch.ones_like(logits[:, :1])
+    valid = ones if ignore_index is None else ignore_mask(labels, ignore_index).to(logits.dtype)
+    weight = ones if mask is None else ones * mask.to(logits.dtype)
+    m = valid * weight
+    if to_onehot_y:
+        labels = torch.where(m == 0, 0, labels)
+    return quiet(logits, m), quiet(dense_target(logits, labels, to_onehot_y), m), valid, weight
 
 
 def one_minus_ratio(hit: Tensor, wrong: Tensor, smooth_nr: float, smooth_dr: float) -> Tensor:
