@@ -59,11 +59,7 @@ def finish(
     loss = totals.new_zeros(())
     if spec.formula != Formula.NONE:
         overlap = _overlap_rows(row, spec)
-        terms = (
-            finish_generalized(overlap, spec)
-            if spec.formula == Formula.GENERALIZED
-            else finish_ratio(overlap, spec)
-        )
+        terms = _TERMS[spec.formula](overlap, spec)
         if class_weight is not None and spec.formula == Formula.RATIO:
             terms = terms * class_weight.to(terms)
         if region_lambda is not None:
@@ -99,6 +95,23 @@ def finish_generalized(row: dict[int, Tensor], spec: FinishSpec) -> Tensor:
     return _ratio(hits.sum(1, keepdim=True), errors.sum(1, keepdim=True), spec)[1]
 
 
+def finish_mcc(row: dict[int, Tensor], spec: FinishSpec) -> Tensor:
+    """1 - Matthews' correlation coefficient (groups, classes); 0 where nothing is wrong."""
+    perfect, top, square, _ = _mcc(row, spec)
+    return torch.where(perfect, 0.0, 1 - top / torch.where(perfect, 1.0, square).sqrt())
+
+
+def _mcc(row: dict[int, Tensor], spec: FinishSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Whether fp = fn = 0, the numerator of the coefficient, the square of its denominator, and tn.
+
+    tn = (N - G) - FP: no row of its own, and N - G is exact for label maps.
+    """
+    tp, fp, fn = row[I], row[FP], row[FN]
+    tn = (row[N] - row[G]) - fp
+    square = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn) + spec.smooth_dr
+    return (fp == 0) & (fn == 0), tp * tn - fp * fn + spec.smooth_nr, square, tn
+
+
 def _ratio(hits: Tensor, errors: Tensor, spec: FinishSpec) -> tuple[Tensor, Tensor, Tensor]:
     """score = (hits + nr) / bottom, miss = 1 - score and bottom = hits + errors + dr.
 
@@ -132,17 +145,19 @@ def finish_voxel(
     """Cross entropy, BCE or focal loss of the whole batch, a scalar."""
     classes = row[POS].shape[1]
     pos, neg = (_voxel_weight(weight, row, spec) for weight in (pos_weight, neg_weight))
-    total = (1 - spec.label_smoothing) * (row[POS] * pos).sum()
+    total = (1 - spec.label_smoothing) * (row[POS] * pos).sum(1, keepdim=True)
     if LS in row:
-        total = total + spec.label_smoothing / classes * (row[LS] * pos).sum()
+        total = total + spec.label_smoothing / classes * (row[LS] * pos).sum(1, keepdim=True)
     if NEG in row:
-        total = total + (row[NEG] * neg).sum()
+        total = total + (row[NEG] * neg).sum(1, keepdim=True)
     denominator = _denominator(row, pos, spec)
+    if spec.denominator != Denominator.SAMPLES:
+        total = total.sum()
     if empty:
-        return total / denominator
+        return (total / denominator).sum()
     # Nothing to learn from (all voxels ignored, or only classes of weight 0): 0, not 0/0.
     nothing = denominator == 0
-    return torch.where(nothing, 0.0 * total, total / torch.where(nothing, 1.0, denominator))
+    return torch.where(nothing, 0.0 * total, total / torch.where(nothing, 1.0, denominator)).sum()
 
 
 def coef(
@@ -165,14 +180,14 @@ def coef(
     if spec.formula != Formula.NONE:
         overlap = _overlap_rows(row, spec)
         generalized = spec.formula == Formula.GENERALIZED
-        slopes = (slopes_generalized if generalized else slopes_ratio)(overlap, spec)
+        slopes = _SLOPES[spec.formula](overlap, spec)
         groups, classes = overlap[I].shape
         terms = max(1, groups * (1 if generalized else classes))  # an empty batch has none
         share = 1 / terms if spec.reduction == Reduction.MEAN else 1.0
         scale = totals.new_tensor(share)
         if region_lambda is not None:
             scale = scale * region_lambda.to(totals)
-        if class_weight is not None and not generalized:
+        if class_weight is not None and spec.formula == Formula.RATIO:
             scale = scale * class_weight.to(totals)
         slopes = {bit: scale * value for bit, value in slopes.items()}
     out = torch.zeros_like(totals)
@@ -214,6 +229,36 @@ def slopes_generalized(row: dict[int, Tensor], spec: FinishSpec) -> dict[int, Te
     return {I: -2 * weight * miss / bottom, FP: by_error, FN: by_error}
 
 
+def slopes_mcc(row: dict[int, Tensor], spec: FinishSpec) -> dict[int, Tensor]:
+    """Slopes of :func:`finish_mcc` in I, FP and FN; of tn = N - G - FP only FP moves."""
+    perfect, top, square, tn = _mcc(row, spec)
+    tp, fp, fn = row[I], row[FP], row[FN]
+    square = torch.where(perfect, 1.0, square)
+    root, half = square.sqrt(), top / (2 * square)
+
+    def slope(of_top: Tensor, of_square: Tensor) -> Tensor:
+        return torch.where(perfect, 0.0, (half * of_square - of_top) / root)
+
+    by_tn = slope(tp, (tp + fp) * (tp + fn) * (2 * tn + fp + fn))
+    return {
+        I: slope(tn, (tn + fp) * (tn + fn) * (2 * tp + fp + fn)),
+        FP: slope(-fn, (tp + fn) * (tn + fn) * (2 * fp + tp + tn)) - by_tn,
+        FN: slope(-fp, (tp + fp) * (tn + fp) * (2 * fn + tp + tn)),
+    }
+
+
+_TERMS = {
+    Formula.RATIO: finish_ratio,
+    Formula.GENERALIZED: finish_generalized,
+    Formula.MCC: finish_mcc,
+}
+_SLOPES = {
+    Formula.RATIO: slopes_ratio,
+    Formula.GENERALIZED: slopes_generalized,
+    Formula.MCC: slopes_mcc,
+}
+
+
 def _rows(totals: Tensor, rows: int) -> dict[int, Tensor]:
     bits = (I, FP, FN, G, POS, NEG, LS, N, BAD)
     return {bit: totals[..., row_index(rows, bit)] for bit in bits if rows & bit}
@@ -223,7 +268,7 @@ def _overlap_rows(row: dict[int, Tensor], spec: FinishSpec) -> dict[int, Tensor]
     """(groups, K): added up over the batch if asked for, without the skipped classes."""
     return {
         bit: (row[bit].sum(0, keepdim=True) if spec.batch else row[bit])[:, spec.skipped :]
-        for bit in (I, FP, FN, G)
+        for bit in (I, FP, FN, G, N)
         if bit in row
     }
 
@@ -236,6 +281,9 @@ def _voxel_weight(weight: Tensor | None, row: dict[int, Tensor], spec: FinishSpe
 
 
 def _denominator(row: dict[int, Tensor], pos: Tensor, spec: FinishSpec) -> Tensor:
+    """() or, for SAMPLES, (B, 1)."""
+    if spec.denominator == Denominator.SAMPLES:
+        return row[N][:, :1]
     voxels = row[N][:, 0].sum()
     if spec.denominator == Denominator.VOXELS:
         return voxels

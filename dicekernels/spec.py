@@ -43,6 +43,7 @@ class Formula(IntEnum):
     NONE = 0
     RATIO = 1
     GENERALIZED = 2
+    MCC = 3
 
 
 class Transform(IntEnum):
@@ -70,12 +71,13 @@ class Reduction(IntEnum):
 
 
 class Denominator(IntEnum):
-    """What the voxel term is divided by: 1, sum m, sum w_c G_c, or classes * sum m."""
+    """Divisor of the voxel term: 1, sum m, sum w_c G_c, classes * sum m; of each sample its own sum m."""
 
     ONE = 0
     VOXELS = 1
     WEIGHTS = 2
     ELEMENTS = 3
+    SAMPLES = 4
 
 
 ROWS = ("I", "FP", "FN", "G", "POS", "NEG", "LS", "N", "BAD")
@@ -232,8 +234,10 @@ class LossSpec:
         needed = 0
         if finish.formula != Formula.NONE:
             needed |= OVERLAP_ROWS
-        if finish.formula == Formula.GENERALIZED or finish.denominator == Denominator.WEIGHTS:
+        if finish.formula in (Formula.GENERALIZED, Formula.MCC) or finish.denominator == Denominator.WEIGHTS:
             needed |= G
+        if finish.formula == Formula.MCC:
+            needed |= N
         if self.sums.voxel_term != VoxelTerm.NONE:
             needed |= POS | N
         if finish.label_smoothing != 0.0:

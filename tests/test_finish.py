@@ -152,6 +152,7 @@ def test_generalized_dice_of_an_empty_target_is_flat(backend):
         (Denominator.VOXELS, {}, {}, 5 / 10),
         (Denominator.ELEMENTS, {}, {}, 5 / 20),
         (Denominator.ELEMENTS, {"voxel_skipped": 1}, {}, 3 / 10),
+        (Denominator.SAMPLES, {}, {}, 5 / 10),
         (Denominator.WEIGHTS, {}, {"pos_weight": [1.0, 3.0]}, 11 / 22),
         (Denominator.WEIGHTS, {"voxel_skipped": 1}, {"pos_weight": [1.0, 3.0]}, 9 / 18),
         (Denominator.WEIGHTS, {}, {"pos_weight": [0.0, 0.0]}, 0),  # nothing counts: 0, not 0/0
@@ -168,6 +169,32 @@ def test_voxel_term_by_hand(backend, denominator, options, weights, expected):
     spec = FinishSpec(Formula.NONE, denominator=denominator, **options)
     loss, _ = run(backend, slots, rows, spec, voxels=10, **weights)
     exactly(loss, expected)
+
+
+@pytest.mark.parametrize("backend", NAMESPACES)
+def test_each_sample_has_a_denominator_of_its_own(backend):
+    # POS = 2 3 | 4 1, N = 10 | 5: 5/10 + 5/5; a sample without a voxel adds nothing
+    rows = POS | N
+    slots = torch.cat([table(rows, 2, POS=p, N=[n, n]) for p, n in (([2, 3], 10), ([4, 1], 5), ([0, 0], 0))])
+    spec = FinishSpec(Formula.NONE, reduction=Reduction.SUM, denominator=Denominator.SAMPLES)
+    loss, coef = run(backend, slots, rows, spec, voxels=10)
+    exactly(loss, 1.5)
+    exactly(coef[..., 0], [[0.1, 0.1], [0.2, 0.2], [0, 0]])
+
+
+@pytest.mark.parametrize("backend", NAMESPACES)
+def test_matthews_correlation_by_hand(backend):
+    # N = 12, G = 4 6: tp fp fn tn = 3 1 1 7, then 6 0 0 6 (nothing wrong)
+    rows = ROWS_G | N
+    slots = table(rows, 2, I=[3, 6], FP=[1, 0], FN=[1, 0], G=[4, 6], N=[12, 12])
+    loss, coef = run(backend, slots, rows, FinishSpec(Formula.MCC, **PLAIN))
+    # (3 7 - 1 1) / sqrt(4 4 8 8) = 20/32
+    exactly(loss, [[12 / 32, 0]])
+    # d(20/32): d top / 32 - 20 d square / (2 32^3), square = (tp+fp)(tp+fn)(tn+fp)(tn+fn) = 4 4 8 8.
+    # tp: 7/32 - 20 (8 8 (4 + 4)) / (2 32^3) = 7/32 - 5/32; tn: 3/32 - 20 (4 4 (8 + 8)) / (2 32^3) = 1/64
+    # fp: -1/32 - 20 (4 8 (4 + 8)) / (2 32^3) = -19/128, less that of tn; fn: -19/128 alone
+    exactly(coef[0, 0, :3], [-1 / 16, 19 / 128 + 1 / 64, 19 / 128])
+    exactly(coef[0, 1, :3], [0, 0, 0])
 
 
 @pytest.mark.parametrize("backend", NAMESPACES)
@@ -208,7 +235,8 @@ def random_slots(rows: int, samples: int, chunks: int, classes: int, kind: str, 
     generator = torch.Generator().manual_seed(seed)
     slots = 1000 * torch.rand(samples, chunks, classes, rows.bit_count(), generator=generator, dtype=F64)
     names = row_names(rows)
-    voxels = slots[:, :, :1].sum(-1, keepdim=True).expand(slots.shape)
+    # At least as many as any class counts, so that no count of true negatives is below zero.
+    voxels = slots.sum(-1, keepdim=True).amax(2, keepdim=True).expand(slots.shape)
     for name in {"N", "BAD"} & set(names):
         at = names.index(name)
         slots[..., at] = voxels[..., at] if name == "N" else 0
@@ -223,6 +251,7 @@ def random_slots(rows: int, samples: int, chunks: int, classes: int, kind: str, 
 FORMULAS = [
     *({"formula": Formula.RATIO, "transform": t} for t in Transform),
     *({"formula": Formula.GENERALIZED, "gdl_weight": w} for w in GdlWeight),
+    {"formula": Formula.MCC},
     {"formula": Formula.NONE},
 ]
 KINDS = ["random", "absent", "no volume", "zero", "empty"]
@@ -239,6 +268,8 @@ def combination(index: int):
     samples, classes = (0 if kind == "empty" else draw.choice([1, 2, 3])), draw.choice([1, 2, 5])
     skipped = draw.choice([0, 1]) if classes > 1 else 0
     nr, dr = draw.choice(SMOOTHING)
+    if chosen["formula"] == Formula.MCC:
+        dr = dr or 1e-5  # without it an absent class is 0/0, NaN or infinite by the order of operations
     options = {
         "kappa": draw.choice([1.0, 2.0]),
         "alpha": draw.choice([0.3, 1.0, 2.0]),
@@ -254,7 +285,7 @@ def combination(index: int):
         "voxel_skipped": skipped if draw.random() < 0.5 else 0,
     }
     spec = FinishSpec(**chosen | options)
-    rows = OVERLAP_ROWS | G | term | draw.choice([0, BAD])
+    rows = OVERLAP_ROWS | G | term | draw.choice([0, BAD]) | (N if spec.formula == Formula.MCC else 0)
     length = {"class_weight": classes - skipped, "pos_weight": classes, "neg_weight": classes}
     dtype = draw.choice([torch.float32, F64])
     weights = {

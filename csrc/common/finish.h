@@ -8,11 +8,11 @@
 
 namespace dicekernels {
 
-enum class Formula : int64_t { none = 0, ratio = 1, generalized = 2 };
+enum class Formula : int64_t { none = 0, ratio = 1, generalized = 2, mcc = 3 };
 enum class Transform : int64_t { linear = 0, log = 1, power = 2 };
 enum class GdlWeight : int64_t { square = 0, simple = 1, uniform = 2 };
 enum class Reduction : int64_t { none = 0, mean = 1, sum = 2 };
-enum class Denominator : int64_t { one = 0, voxels = 1, weights = 2, elements = 3 };
+enum class Denominator : int64_t { one = 0, voxels = 1, weights = 2, elements = 3, samples = 4 };
 
 struct FinishSpec {
   int64_t rows;
@@ -62,6 +62,24 @@ static inline Slope3 finish_ratio(const FinishSpec& f, double i, double fp, doub
   }
   const double by_error = outer * score / denominator;
   return {value, -outer * f.kappa * miss / denominator, by_error * f.alpha, by_error * f.beta};
+}
+
+// 1 - Matthews' correlation coefficient; negatives = N - G, so that tn = negatives - fp. Nothing
+// wrong gives 0, also where a quotient would be 0/0.
+static inline Slope3 finish_mcc(const FinishSpec& f, double tp, double fp, double fn,
+                                double negatives) {
+  if (fp == 0 && fn == 0) return {0, 0, 0, 0};
+  const double tn = negatives - fp;
+  const double top = tp * tn - fp * fn + f.smooth_nr;
+  const double square = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn) + f.smooth_dr;
+  const double root = std::sqrt(square), half = top / (2 * square);
+  const auto slope = [&](double of_top, double of_square) {
+    return (half * of_square - of_top) / root;
+  };
+  const double by_tn = slope(tp, (tp + fp) * (tp + fn) * (2 * tn + fp + fn));
+  return {1 - top / root, slope(tn, (tn + fp) * (tn + fn) * (2 * tp + fp + fn)),
+          slope(-fn, (tp + fn) * (tn + fn) * (2 * fp + tp + tn)) - by_tn,
+          slope(-fp, (tp + fp) * (tn + fp) * (2 * fn + tp + tn))};
 }
 
 // Weight of a class from its volume. Whether it is infinite follows MONAI's fp32 arithmetic.
@@ -130,12 +148,17 @@ static inline void finish(const FinishSpec& f, int64_t samples, int64_t classes,
         s = finish_ratio(f, group_sum(group, c, i_at), group_sum(group, c, fp_at),
                          group_sum(group, c, fn_at));
         if (class_weight) scale *= class_weight[c - f.skipped];
+      } else if (f.formula == Formula::mcc) {
+        s = finish_mcc(f, group_sum(group, c, i_at), group_sum(group, c, fp_at),
+                       group_sum(group, c, fn_at),
+                       group_sum(group, c, n_at) - group_sum(group, c, g_at));
       } else {
         const double w = weight_of(c), by_error = w * top / (bottom * bottom);
         s = {miss, -2 * w * miss / bottom, by_error, by_error};
       }
       const int64_t output = f.formula == Formula::generalized ? 0 : c - f.skipped;
-      if (reduced && (f.formula == Formula::ratio || c == f.skipped)) region += scale * s.value;
+      if (reduced && (f.formula != Formula::generalized || c == f.skipped))
+        region += scale * s.value;
       if (!reduced) loss[group * outputs + output] = scale * s.value;
       for (int64_t b = 0; b < members; ++b) {
         double* out = coef + row(group + b, c);
@@ -156,32 +179,36 @@ static inline void finish(const FinishSpec& f, int64_t samples, int64_t classes,
     };
     const auto pos_weight = [&](int64_t c) { return weight(pos_weights, c); };
     const auto neg_weight = [&](int64_t c) { return weight(neg_weights, c); };
-    double sum = 0, voxels = 0, weights = 0;
+    double voxels = 0, weights = 0;
     for (int64_t b = 0; b < samples; ++b) {
       voxels += totals[row(b, 0) + n_at];
+      for (int64_t c = 0; c < classes && f.denominator == Denominator::weights; ++c)
+        weights += pos_weight(c) * totals[row(b, c) + g_at];
+    }
+    for (int64_t b = 0; b < samples; ++b) {
+      double denominator = 1;
+      if (f.denominator == Denominator::voxels) denominator = voxels;
+      if (f.denominator == Denominator::weights) denominator = weights;
+      if (f.denominator == Denominator::elements)
+        denominator = voxels * (classes - f.voxel_skipped);
+      if (f.denominator == Denominator::samples) denominator = totals[row(b, 0) + n_at];
+      // Nothing to learn from (all voxels ignored, or only classes of weight 0): 0, not 0/0.
+      const bool ignored = !f.empty && denominator == 0;
+      const double scale = ignored ? 0 : voxel_lambda / denominator;
       for (int64_t c = 0; c < classes; ++c) {
         const double* t = totals + row(b, c);
-        sum += pos_weight(c) * (1 - f.label_smoothing) * t[pos_at];
+        double sum = pos_weight(c) * (1 - f.label_smoothing) * t[pos_at];
         if (ls) sum += pos_weight(c) * f.label_smoothing / classes * t[ls_at];
         if (neg) sum += neg_weight(c) * t[neg_at];
-        if (f.denominator == Denominator::weights) weights += pos_weight(c) * t[g_at];
-      }
-    }
-    double denominator = 1;
-    if (f.denominator == Denominator::voxels) denominator = voxels;
-    if (f.denominator == Denominator::weights) denominator = weights;
-    if (f.denominator == Denominator::elements) denominator = voxels * (classes - f.voxel_skipped);
-    // Nothing to learn from (all voxels ignored, or only classes of weight 0): 0, not 0/0.
-    const bool ignored = !f.empty && denominator == 0;
-    const double scale = ignored ? 0 : voxel_lambda / denominator;
-    voxel = ignored ? 0 : scale * sum;
-    for (int64_t b = 0; b < samples; ++b)
-      for (int64_t c = 0; c < classes; ++c) {
+        if (!ignored) voxel += scale * sum;
         double* out = coef + row(b, c);
         out[pos_at] = scale * pos_weight(c) * (1 - f.label_smoothing);
         if (ls) out[ls_at] = scale * pos_weight(c) * f.label_smoothing / classes;
         if (neg) out[neg_at] = scale * neg_weight(c);
       }
+    }
+    const bool shared = f.denominator != Denominator::one && f.denominator != Denominator::samples;
+    if (samples == 0 && shared) voxel = NAN;  // as torch: 0/0
   }
   if (reduced) *loss = region + voxel;
 

@@ -1,6 +1,7 @@
 // The maths of one voxel and one class, written once for scalars and vectors, host and device.
 // T is any type with arithmetic and comparison operators; whoever includes this defines DK_ISA and
-// declares select(mask, a, b), exp, log and log1p of T in namespace dicekernels::DK_ISA before.
+// declares select(mask, a, b), exp, log, reciprocal and log1p(x, 1/(1 + x)) of T in namespace
+// dicekernels::DK_ISA before.
 // p: probability, g: target, z: logit. Formulas: docs/semantics.md.
 #pragma once
 #include "problem.h"
@@ -68,10 +69,10 @@ template <bool Logs, class T>
 DK_INLINE Sigmoid<T> sigmoid(T z) {
   const T zero = T{} + 0;
   const auto positive = z >= zero;
-  const T e = exp(-magnitude(z)), large = 1 / (1 + e), small = e * large;
+  const T e = exp(-magnitude(z)), large = reciprocal(1 + e), small = e * large;
   Sigmoid<T> s{select(positive, large, small), select(positive, small, large), zero, zero};
   if constexpr (Logs) {
-    const T l = log1p(e);
+    const T l = log1p(e, large);
     s.softplus = select(positive, z + l, l);
     s.softneg = select(positive, l, l - z);
   }
@@ -95,14 +96,22 @@ DK_INLINE Focal<T> sigmoid_focal(T z, T g, S gamma) {
   return {modulation * bce, modulation * (s.p - g - gamma * sign * a.q * bce)};
 }
 
+// The same for a target of 0 or 1, where s = z (2g - 1) tells all: q^gamma (-log p) with p =
+// sigmoid(s) and q = 1 - p, and its derivative in s.
+template <class T, class S>
+DK_INLINE Focal<T> hard_focal(T s, S gamma) {
+  const Sigmoid<T> a = sigmoid<true>(s);
+  const T modulation = gamma == 2 ? a.q * a.q : exp(-gamma * a.softplus);
+  return {modulation * a.softneg, -modulation * (gamma * a.p * a.softneg + a.q)};
+}
+
 // (1 - p)^gamma (-log p) and p * d/dp of it, from log p <= 0.
 template <class T, class S>
 DK_INLINE Focal<T> softmax_focal(T log_p, S gamma) {
   const T zero = T{} + 0, p = exp(log_p), rest = 1 - p;
   if (gamma == 0) return {-log_p, zero - 1};
   const auto certain = rest <= zero;
-  const T log_rest = log(select(certain, zero + 1, rest));
-  const T power = exp(gamma * log_rest);
+  const T power = gamma == 2 ? rest * rest : exp(gamma * log(select(certain, zero + 1, rest)));
   const T loss = select(certain, zero, -power * log_p);
   const T slope = power * (gamma * p * log_p / select(certain, zero + 1, rest) - 1);
   return {loss, select(certain, zero, slope)};

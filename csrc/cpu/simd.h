@@ -179,14 +179,14 @@ DK_INLINE DoubleVector exp(DoubleVector x) {
 DK_INLINE DoubleVector log(DoubleVector x) {
   return map<std::log>(x);
 }
-DK_INLINE DoubleVector log1p(DoubleVector x) {
+DK_INLINE DoubleVector log1p(DoubleVector x, DoubleVector) {
   return map<std::log1p>(x);
 }
 
-// log(1 + x) for x in [0, 1]: what 1 + x rounds away comes back in first order.
-DK_INLINE FloatVector log1p(FloatVector x) {
+// log(1 + x) for x in [0, 1] from 1 / (1 + x): what 1 + x rounds away comes back in first order.
+DK_INLINE FloatVector log1p(FloatVector x, FloatVector inverse) {
   const FloatVector u = 1.0f + x;
-  return log(u) + (x - (u - 1.0f)) / u;
+  return log(u) + (x - (u - 1.0f)) * inverse;
 }
 
 }  // namespace DK_ISA

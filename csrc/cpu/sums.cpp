@@ -118,15 +118,26 @@ void voxel_rows(const Tile<T>& tile, const Accumulators<T>& sums, int64_t c, con
   } else if (problem.voxel_term == VoxelTerm::focal_sigmoid) {
     Sum<T> neg(sums.at(c, kNeg));
     for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
-      const Vec<T> g = g_at(v);
-      const Vec<T> loss = weighted(v, sigmoid_focal(load<T>(z_row + v), g, gamma).loss);
-      pos.add(g * loss);
-      neg.add((1 - g) * loss);
+      const Vec<T> z = load<T>(z_row + v), g = g_at(v);
+      if constexpr (Dense) {
+        const Vec<T> loss = weighted(v, sigmoid_focal(z, g, gamma).loss);
+        pos.add(g * loss);
+        neg.add((1 - g) * loss);
+      } else {
+        const auto hit = g != splat(T{0});
+        const Vec<T> loss = weighted(v, hard_focal(select(hit, z, -z), gamma).loss);
+        pos.value = hit ? pos.value + loss : pos.value;
+        neg.value = hit ? neg.value : neg.value + loss;
+      }
     }
   } else if (problem.voxel_term == VoxelTerm::focal_softmax && c >= problem.first_class) {
     for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
-      const Vec<T> log_p = tile.focal_log_p(load<T>(z_row + v), v);
-      pos.add(weighted(v, g_at(v) * softmax_focal(log_p, gamma).loss));
+      if constexpr (Dense) {
+        const Vec<T> log_p = tile.focal_log_p(load<T>(z_row + v), v);
+        pos.add(weighted(v, g_at(v) * softmax_focal(log_p, gamma).loss));
+      } else {
+        pos.add(g_at(v) * load<T>(tile.pull + v));
+      }
     }
   }
 }
@@ -142,6 +153,17 @@ void with_probabilities(const Tile<T>& tile, int64_t c, F f) {
   f(tile.row, tile.ones);
 }
 
+// The softmax focal loss of each voxel of a label map, which its own class alone has.
+template <bool Masked, class T>
+void load_focal_loss(Tile<T>& tile) {
+  const T gamma = static_cast<T>(tile.problem.focal_gamma);
+  tile.label_log_p(tile.pull);
+  for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
+    const Vec<T> loss = softmax_focal(load<T>(tile.pull + v), gamma).loss;
+    store<T>(tile.pull + v, Masked ? load<T>(tile.m + v) * loss : loss);
+  }
+}
+
 template <class T>
 void sums_tile(Tile<T>& tile, const Accumulators<T>& sums) {
   const Problem& problem = tile.problem;
@@ -151,6 +173,8 @@ void sums_tile(Tile<T>& tile, const Accumulators<T>& sums) {
   const bool counts = has_row(problem.rows, kG);
   with_flags(problem.dense, tile.masked, ce, counts,
              [&](auto dense, auto masked, auto with_ce, auto count) {
+               if (problem.voxel_term == VoxelTerm::focal_softmax && !dense())
+                 load_focal_loss<masked()>(tile);
                for (int64_t c = 0; c < problem.classes; ++c) {
                  const T* g_row = tile.target_row(c);
                  with_overlap(problem.overlap, [&](auto o) {

@@ -83,6 +83,21 @@ template <bool Dense, class T>
 void load_focal_pull(Tile<T>& tile, const Slopes<T>* slopes) {
   const Problem& problem = tile.problem;
   const T gamma = static_cast<T>(problem.focal_gamma);
+  if constexpr (!Dense) {
+    // One class of the sum is not zero.
+    T* own = tile.g;
+    std::memset(own, 0, sizeof(T) * tile.padded);
+    for (int64_t c = problem.first_class; c < problem.classes; ++c)
+      for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
+        const auto hit = load<T>(tile.label + v) == splat(static_cast<T>(c));
+        store<T>(own + v, select(hit, splat(slopes[c].pos), load<T>(own + v)));
+      }
+    tile.label_log_p(tile.pull);
+    for (int64_t v = 0; v < tile.padded; v += kLanes<T>)
+      store<T>(tile.pull + v,
+               load<T>(own + v) * softmax_focal(load<T>(tile.pull + v), gamma).slope);
+    return;
+  }
   std::memset(tile.pull, 0, sizeof(T) * tile.padded);
   for (int64_t c = problem.first_class; c < problem.classes; ++c) {
     const Slopes<T>& a = slopes[c];
@@ -148,14 +163,22 @@ void add_voxel_gradient(const Tile<T>& tile, const Slopes<T>& a, int64_t c, cons
     }
   } else if (problem.voxel_term == VoxelTerm::focal_sigmoid) {
     for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
-      const Vec<T> g = g_at(v);
-      add(v, (a.pos * g + a.neg * (1 - g)) * sigmoid_focal(load<T>(z_row + v), g, gamma).slope);
+      const Vec<T> z = load<T>(z_row + v), g = g_at(v);
+      if constexpr (Dense) {
+        add(v, (a.pos * g + a.neg * (1 - g)) * sigmoid_focal(z, g, gamma).slope);
+      } else {
+        const auto hit = g != splat(T{0});
+        add(v,
+            select(hit, splat(a.pos), splat(-a.neg)) * hard_focal(select(hit, z, -z), gamma).slope);
+      }
     }
   } else if (problem.voxel_term == VoxelTerm::focal_softmax && c >= problem.first_class) {
     for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
-      const Vec<T> log_p = tile.focal_log_p(load<T>(z_row + v), v);
-      add(v, a.pos * g_at(v) * softmax_focal(log_p, gamma).slope -
-                 exp(log_p) * load<T>(tile.pull + v));
+      const Vec<T> log_p = tile.focal_log_p(load<T>(z_row + v), v), pull = load<T>(tile.pull + v);
+      if constexpr (Dense)
+        add(v, a.pos * g_at(v) * softmax_focal(log_p, gamma).slope - exp(log_p) * pull);
+      else
+        add(v, (g_at(v) - exp(log_p)) * pull);
     }
   }
 }

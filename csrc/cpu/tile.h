@@ -95,6 +95,17 @@ struct Tile {
     return (x - load_vector(focal_max + v)) - load_vector(focal_log_sum + v);
   }
 
+  // The focal softmax's log p of each voxel's own label, 0 where that is below first_class.
+  void label_log_p(T* row_) const {
+    std::memset(row_, 0, sizeof(T) * padded);
+    for (int64_t c = problem.first_class; c < problem.classes; ++c)
+      for (int64_t v = 0; v < padded; v += kLanes<T>) {
+        const auto hit = load_vector(label + v) == splat(static_cast<T>(c));
+        const Vec<T> own = focal_log_p(load_vector(z + c * z_stride + v), v);
+        store<T>(row_ + v, select(hit, own, load_vector(row_ + v)));
+      }
+  }
+
   // The row that target() reads: labels, or the dense target of class c.
   const T* target_row(int64_t c) {
     if (!problem.dense) return label;
