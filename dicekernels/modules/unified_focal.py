@@ -1,0 +1,88 @@
+"""Module of the asymmetric unified focal loss. Conventions: ``dicekernels.modules``."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
+
+from .. import checks
+from ..functional.unified_focal import Half, two_halves_loss
+from ..scripting import scriptable
+
+
+class _HalfSettings(_Loss):
+    """The numbers of one half under MONAI's names; it has no forward of its own."""
+
+    def __init__(self, gamma: float, delta: float) -> None:
+        super().__init__(reduction="mean")
+        self.to_onehot_y = False
+        self.delta = delta
+        self.gamma = gamma
+        self.epsilon = 1e-7
+        self.ignore_index: int | None = None
+
+    def numbers(self, name: str) -> Half:
+        """The numbers, for the loss.
+
+        Raises:
+            ValueError: an option was changed that only gamma, delta and epsilon may be.
+        """
+        if self.to_onehot_y or self.ignore_index is not None or self.reduction != "mean":
+            raise ValueError(
+                f"{name}: got to_onehot_y={self.to_onehot_y}, ignore_index={self.ignore_index}, "
+                f"reduction={self.reduction!r}, expected them as constructed; set them on the whole loss"
+            )
+        return Half(*(checks.constant(key, getattr(self, key)) for key in ("gamma", "delta", "epsilon")))
+
+
+class AsymmetricUnifiedFocalLoss(_Loss):
+    """``monai.losses.AsymmetricUnifiedFocalLoss``, with voxel weights.
+
+    As in MONAI, ``gamma`` and ``delta`` of the two halves are those of ``asy_focal_loss`` and
+    ``asy_focal_tversky_loss`` (with ``epsilon``): changing them there takes effect, on this module not.
+
+    Raises:
+        ValueError: an unknown reduction.
+    """
+
+    asy_focal_loss: _HalfSettings
+    asy_focal_tversky_loss: _HalfSettings
+
+    def __init__(
+        self,
+        to_onehot_y: bool = False,
+        num_classes: int = 2,
+        weight: float = 0.5,
+        gamma: float = 0.5,
+        delta: float = 0.7,
+        reduction: str = "mean",
+        ignore_index: int | None = None,
+    ) -> None:
+        super().__init__(reduction=checks.option("reduction", reduction, ("mean", "sum", "none")))
+        self.to_onehot_y = to_onehot_y
+        self.num_classes = num_classes
+        self.gamma = gamma
+        self.delta = delta
+        self.weight = weight
+        self.asy_focal_loss = _HalfSettings(gamma, delta)
+        self.asy_focal_tversky_loss = _HalfSettings(gamma, delta)
+        self.ignore_index = ignore_index
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in place of this module."""
+        return scriptable(self)
+
+    def forward(self, y_pred: Tensor, y_true: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """``functional.asymmetric_unified_focal_loss`` with the options of this module."""
+        return two_halves_loss(
+            y_pred,
+            y_true,
+            to_onehot_y=self.to_onehot_y,
+            num_classes=self.num_classes,
+            weight=self.weight,
+            focal=self.asy_focal_loss.numbers("asy_focal_loss"),
+            tversky=self.asy_focal_tversky_loss.numbers("asy_focal_tversky_loss"),
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            mask=mask,
+        )

@@ -1,0 +1,64 @@
+"""Module of the generalized Wasserstein Dice loss. Conventions: ``dicekernels.modules``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
+
+from .. import checks
+from ..functional.wasserstein import MODES, normalised, normalised_wasserstein_dice_loss
+from ..scripting import scriptable
+
+
+class GeneralizedWassersteinDiceLoss(_Loss):
+    """``monai.losses.GeneralizedWassersteinDiceLoss``, with ``ignore_index`` and voxel weights.
+
+    ``dist_matrix`` (C, C) is a NumPy array, a tensor or a nested list. The attribute ``m`` holds it, divided
+    by its largest entry; as in MONAI it is no buffer and keeps its dtype: distances in float64 (NumPy's
+    default) make a float64 loss. ``alpha_mode`` is the ``weighting_mode``.
+
+    Raises:
+        ValueError: as MONAI, for a matrix that is not square or an unknown option.
+    """
+
+    def __init__(
+        self,
+        dist_matrix: Any,
+        weighting_mode: str = "default",
+        reduction: str = "mean",
+        smooth_nr: float = 1e-5,
+        smooth_dr: float = 1e-5,
+        *,
+        ignore_index: int | None = None,
+    ) -> None:
+        super().__init__(reduction=checks.option("reduction", reduction, ("mean", "sum", "none")))
+        matrix = normalised(dist_matrix)
+        self.alpha_mode = checks.option("weighting_mode", weighting_mode, MODES)
+        # A matrix that is normalised already is kept itself: integers stay integers.
+        given = torch.as_tensor(dist_matrix)
+        self.m = given if bool(given.max() == 1) else matrix
+        self.num_classes = self.m.size(0)
+        self.smooth_nr = float(smooth_nr)
+        self.smooth_dr = float(smooth_dr)
+        self.ignore_index = ignore_index
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in place of this module."""
+        return scriptable(self)
+
+    def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """``functional.generalized_wasserstein_dice_loss`` with the options of this module."""
+        return normalised_wasserstein_dice_loss(
+            input,
+            target,
+            self.m,
+            weighting_mode=self.alpha_mode,
+            reduction=self.reduction,
+            smooth_nr=self.smooth_nr,
+            smooth_dr=self.smooth_dr,
+            ignore_index=self.ignore_index,
+            mask=mask,
+        )
