@@ -21,6 +21,7 @@ from torch import Tensor
 from . import finish as formulas
 from .backends import eager, native
 from .backends.eager import LabelRangeError
+from .derivatives import Gradient
 from .spec import (
     BAD,
     Activation,
@@ -37,33 +38,33 @@ from .spec import (
     chunk_count,
 )
 
-_SUMS_ARGS = (
+SUMS_ARGS = (
     "bool dense, int activation, int overlap, int voxel_term, int rows, int? ignore_index, "
     "bool product_mask, float focal_gamma, int first_class"
 )
-_FINISH_ARGS = (
+FINISH_ARGS = (
     "int rows, int formula, float kappa, float alpha, float beta, float smooth_nr, float smooth_dr, "
     "int transform, float exponent, int gdl_weight, int skipped, bool batch, int reduction, "
     "float label_smoothing, int denominator, int voxel_skipped, bool empty"
 )
 SCHEMAS = {
-    "sums": f"sums(Tensor logits, Tensor target, Tensor? mask, {_SUMS_ARGS}) -> Tensor",
+    "sums": f"sums(Tensor logits, Tensor target, Tensor? mask, {SUMS_ARGS}) -> Tensor",
     "finish": (
         "finish(Tensor sums, Tensor? class_weight, Tensor? pos_weight, Tensor? neg_weight, "
         "Tensor? region_lambda, Tensor? voxel_lambda, "
-        f"{_FINISH_ARGS}) -> (Tensor, Tensor)"
+        f"{FINISH_ARGS}) -> (Tensor, Tensor)"
     ),
     "sums_backward": (
         "sums_backward(Tensor? grad_loss, Tensor logits, Tensor target, Tensor? mask, Tensor coef, "
-        f"{_SUMS_ARGS}) -> Tensor"
+        f"{SUMS_ARGS}) -> Tensor"
     ),
 }
 NAMESPACES = ("dicekernels", "dicekernels_eager")
 
-_libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in NAMESPACES}
+libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in NAMESPACES}
 
 
-def _sums_spec(args: tuple[Any, ...]) -> SumsSpec:
+def sums_spec(args: tuple[Any, ...]) -> SumsSpec:
     (
         dense,
         activation,
@@ -88,7 +89,7 @@ def _sums_spec(args: tuple[Any, ...]) -> SumsSpec:
     )
 
 
-def _finish_spec(args: tuple[Any, ...]) -> FinishSpec:
+def finish_spec(args: tuple[Any, ...]) -> FinishSpec:
     """From the arguments of the op between ``formula`` and ``voxel_skipped``."""
     formula, kappa, alpha, beta, smooth_nr, smooth_dr, transform, exponent, gdl_weight = args[:9]
     skipped, batch, reduction, label_smoothing, denominator, voxel_skipped = args[9:15]
@@ -112,7 +113,7 @@ def _finish_spec(args: tuple[Any, ...]) -> FinishSpec:
 
 
 def _eager_sums(logits: Tensor, target: Tensor, mask: Tensor | None, *args: Any) -> Tensor:
-    spec = _sums_spec(args)
+    spec = sums_spec(args)
     slots = eager.sums(logits, target, mask, spec)
     # Reading the count synchronises, so off the CPU only on request; `finish` then makes the loss NaN.
     if spec.rows & BAD and (logits.device.type == "cpu" or os.environ.get("DICEKERNELS_CHECK") == "1"):
@@ -131,7 +132,7 @@ def _eager_finish(
     *args: Any,
 ) -> tuple[Tensor, Tensor]:
     arguments = (sums.sum(1), class_weight, pos_weight, neg_weight, region_lambda, voxel_lambda, rows)
-    spec, empty = _finish_spec(args), args[-1]
+    spec, empty = finish_spec(args), args[-1]
     return formulas.finish(*arguments, spec, empty), formulas.coef(*arguments, spec, empty)
 
 
@@ -143,7 +144,7 @@ def _eager_sums_backward(
     coef: Tensor,
     *args: Any,
 ) -> Tensor:
-    return eager.sums_backward(grad_loss, logits, target, mask, coef, _sums_spec(args))
+    return eager.sums_backward(grad_loss, logits, target, mask, coef, sums_spec(args))
 
 
 def _fake_sums(logits: Tensor, target: Tensor, mask: Tensor | None, *args: Any) -> Tensor:
@@ -166,7 +167,7 @@ def _fake_finish(
     *args: Any,
 ) -> tuple[Tensor, Tensor]:
     samples, _, classes, width = sums.shape
-    shape = _finish_spec(args).loss_shape(samples, classes)
+    shape = finish_spec(args).loss_shape(samples, classes)
     return sums.new_empty(shape), sums.new_empty((samples, classes, width))
 
 
@@ -192,12 +193,12 @@ def _register() -> None:
         "finish": _eager_finish,
         "sums_backward": _eager_sums_backward,
     }
-    for namespace, library in _libraries.items():
+    for namespace, library in libraries.items():
         for name, schema in SCHEMAS.items():
             library.define(schema)
             torch.library.register_fake(f"{namespace}::{name}", fakes[name], lib=library)
     for name, body in bodies.items():
-        _libraries["dicekernels_eager"].impl(name, body, "CompositeExplicitAutograd")
+        libraries["dicekernels_eager"].impl(name, body, "CompositeExplicitAutograd")
     native.load_error("cpu")
 
 
@@ -239,9 +240,8 @@ class RegionSums(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         logits, target, mask = ctx.saved_tensors
         if _wants_graph():
-            with torch.enable_grad():
-                again = eager.sums(logits, target, mask, ctx.spec).sum(1)
-                (gradient,) = torch.autograd.grad(again, logits, grad, create_graph=True)
+            rest = (*(None,) * 5, ctx.spec, ctx.namespace, grad.dtype)
+            gradient = Gradient.apply(grad, None, logits, target, mask, *rest)  # type: ignore[no-untyped-call]
         else:
             op = getattr(torch.ops, ctx.namespace).sums_backward
             gradient = op(None, logits, target, mask, grad, *ctx.spec.args())
@@ -266,7 +266,7 @@ class FusedLoss(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         slots = call_sums(namespace, logits, target, mask, spec.sums)
-        empty = logits.shape[0] * logits.shape[2:].numel() == 0
+        empty = logits.numel() == 0
         loss, coef = getattr(torch.ops, namespace).finish(
             slots,
             class_weight,
@@ -292,20 +292,8 @@ class FusedLoss(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * 11
         if _wants_graph():
-            with torch.enable_grad():
-                class_weight, pos_weight, neg_weight, region_lambda, voxel_lambda = weights
-                again = eager.loss(
-                    logits,
-                    target,
-                    mask,
-                    class_weight,
-                    pos_weight,
-                    neg_weight,
-                    region_lambda,
-                    voxel_lambda,
-                    ctx.spec,
-                ).to(ctx.dtype)
-                (gradient,) = torch.autograd.grad(again, logits, grad_loss, create_graph=True)
+            rest = (*weights, ctx.spec, ctx.namespace, ctx.dtype)
+            gradient = Gradient.apply(grad_loss, coef, logits, target, mask, *rest)  # type: ignore[no-untyped-call]
         else:
             op = getattr(torch.ops, ctx.namespace).sums_backward
             gradient = op(grad_loss, logits, target, mask, coef, *ctx.spec.sums.args())
@@ -313,8 +301,14 @@ class FusedLoss(torch.autograd.Function):
 
 
 def _wants_graph() -> bool:
-    """True in a backward with create_graph=True: only the eager backend differentiates twice."""
+    """True in a backward with create_graph=True, or under a transform of torch.func."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-__all__ = ["SCHEMAS", "FusedLoss", "LabelRangeError", "RegionSums", "call_sums"]
+__all__ = [
+    "SCHEMAS",
+    "FusedLoss",
+    "LabelRangeError",
+    "RegionSums",
+    "call_sums",
+]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import checks, dispatch
+from .autograd import total_sums
 from .backends import eager
 from .evaluate import record_line
-from .ops import RegionSums as _RegionSumsFunction
 from .prepare import kernel_dtype, plain
 from .spec import (
     BAD,
@@ -133,7 +133,7 @@ def region_sums(
     else:
         backend = dispatch.choose(logits)
         record_line(f"backend: {backend.name}; region_sums of {', '.join(row_names(rows))}")
-        totals = _RegionSumsFunction.apply(logits, target, mask, spec, backend.namespace)  # type: ignore[no-untyped-call]
+        totals = total_sums(logits, target, mask, spec, backend.namespace)
     named = dict(zip(row_names(rows), totals.unbind(-1), strict=True))
     named.pop("BAD", None)
     return RegionSums(**named)

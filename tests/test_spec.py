@@ -118,7 +118,7 @@ def test_arguments_come_back_in_the_order_of_the_schema():
     from dicekernels import ops
 
     sums = SumsSpec(True, Activation.SIGMOID, 7, spec.Overlap.MIN, VoxelTerm.BCE, -100, True, 1.5, 3)
-    assert ops._sums_spec(sums.args()) == sums
+    assert ops.sums_spec(sums.args()) == sums
     formula = FinishSpec(
         Formula.GENERALIZED,
         kappa=1.0,
@@ -136,12 +136,12 @@ def test_arguments_come_back_in_the_order_of_the_schema():
         denominator=Denominator.ELEMENTS,
         voxel_skipped=1,
     )
-    assert ops._finish_spec(formula.args(True)[:-1]) == formula
+    assert ops.finish_spec(formula.args(True)[:-1]) == formula
     assert formula.args(True)[-1] is True
     # The names of the schema, in the order of the dataclasses (empty is the problem's).
-    names = re.findall(r"(?:int|float|bool)\?? (\w+)", ops._FINISH_ARGS)
+    names = re.findall(r"(?:int|float|bool)\?? (\w+)", ops.FINISH_ARGS)
     assert names == ["rows", *FinishSpec.__dataclass_fields__, "empty"]
-    names = re.findall(r"(?:int|float|bool)\?? (\w+)", ops._SUMS_ARGS)
+    names = re.findall(r"(?:int|float|bool)\?? (\w+)", ops.SUMS_ARGS)
     assert sorted(names) == sorted(SumsSpec.__dataclass_fields__)
 
 

@@ -132,6 +132,12 @@ class Piece:
             return torch.softmax(z, 1) * pull.sum(1, keepdim=True) - pull
         if self.spec.voxel_term == VoxelTerm.BCE:
             return a[NEG] * (1 - g) * torch.sigmoid(z) - a[POS] * g * torch.sigmoid(-z)
+        if self.spec.voxel_term == VoxelTerm.FOCAL_SIGMOID and not self.spec.dense:
+            hit = g != 0
+            s = torch.where(hit, z, -z)
+            right, wrong, surprise = torch.sigmoid(s), torch.sigmoid(-s), -F.logsigmoid(s)
+            slope = -torch.exp(gamma * F.logsigmoid(-s)) * (gamma * right * surprise + wrong)
+            return torch.where(hit, a[POS], -a[NEG]) * slope
         if self.spec.voxel_term == VoxelTerm.FOCAL_SIGMOID:
             sign = 2 * g - 1
             bce = z * (1 - g) - F.logsigmoid(z)
@@ -158,6 +164,12 @@ class Piece:
             return {POS: m * pos, LS: m * nll}
         if spec.voxel_term == VoxelTerm.BCE:
             return {POS: m * g * -F.logsigmoid(z), NEG: m * (1 - g) * -F.logsigmoid(-z)}
+        if spec.voxel_term == VoxelTerm.FOCAL_SIGMOID and not spec.dense:
+            # A target of 0 or 1 turns the logit around: no infinity is taken from another one.
+            hit = g != 0
+            s = torch.where(hit, z, -z)
+            loss = m * torch.exp(spec.focal_gamma * F.logsigmoid(-s)) * -F.logsigmoid(s)
+            return {POS: torch.where(hit, loss, 0.0), NEG: torch.where(hit, 0.0, loss)}
         if spec.voxel_term == VoxelTerm.FOCAL_SIGMOID:
             bce = z * (1 - g) - F.logsigmoid(z)
             loss = m * torch.exp(spec.focal_gamma * F.logsigmoid(-z * (2 * g - 1))) * bce
@@ -194,9 +206,7 @@ def _piece_rows(piece: Piece, chunk: int) -> Tensor:
             values = F.pad(values, (0, chunks * chunk - voxels))
             sums.append(values.unflatten(2, (chunks, chunk)).sum(3, dtype=torch.float64))
     if rows & BAD:
-        bad = torch.zeros(g.shape[0], g.shape[1], chunks, dtype=torch.float64, device=g.device)
-        bad[:1, :1, :1] = piece.bad
-        sums.append(bad)
+        sums.append(F.pad(piece.bad.view(1, 1, 1), (0, chunks - 1, 0, g.shape[1] - 1, 0, g.shape[0] - 1)))
     return torch.stack(sums, -1).transpose(1, 2)
 
 
