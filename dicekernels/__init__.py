@@ -6,20 +6,45 @@ Functions: ``dicekernels.functional``. What runs where: ``python -m dicekernels.
 
 from ._version import __version__
 from .dispatch import available_backends, use_backend
+from .dropin.monai import from_monai
 from .explain import explain
 from .functional import region_sums
-from .modules import DiceCELoss, DiceLoss, GeneralizedDiceLoss, TverskyLoss
+from .modules import (
+    AsymmetricUnifiedFocalLoss,
+    DeepSupervisionLoss,
+    DiceCELoss,
+    DiceFocalLoss,
+    DiceLoss,
+    FocalLoss,
+    GeneralizedDiceFocalLoss,
+    GeneralizedDiceLoss,
+    GeneralizedWassersteinDiceLoss,
+    MaskedDiceLoss,
+    MaskedLoss,
+    MCCLoss,
+    TverskyLoss,
+)
 from .ops import LabelRangeError
 
 __all__ = [
+    "AsymmetricUnifiedFocalLoss",
+    "DeepSupervisionLoss",
     "DiceCELoss",
+    "DiceFocalLoss",
     "DiceLoss",
+    "FocalLoss",
+    "GeneralizedDiceFocalLoss",
     "GeneralizedDiceLoss",
+    "GeneralizedWassersteinDiceLoss",
     "LabelRangeError",
+    "MCCLoss",
+    "MaskedDiceLoss",
+    "MaskedLoss",
     "TverskyLoss",
     "__version__",
     "available_backends",
     "explain",
+    "from_monai",
     "region_sums",
     "use_backend",
 ]

@@ -128,18 +128,59 @@ def class_weight(weight: Tensor | None, classes: int) -> Tensor | None:
             "If `include_background=False`, the weight should not include the background category class 0. "
             f"Got {weight.shape[0]}, expected {classes}."
         )
+    _no_negative(weight, "the value/values of the `weight` should be no less than 0.")
+    return weight
+
+
+def _no_negative(weight: Tensor, rule: str) -> None:
     if torch.compiler.is_compiling():
-        return weight
+        return
     # A tensor of inference mode counts no versions: it is read every time.
     version = None if weight.is_inference() else weight._version
     if version is None or _checked.get(weight) != version:
         if bool((weight < 0).any()):
-            raise ValueError(
-                f"the value/values of the `weight` should be no less than 0. Got {weight.min().item()}; "
-                "0 leaves a class out."
-            )
+            raise ValueError(f"{rule} Got {weight.min().item()}; 0 leaves a class out.")
         _checked[weight] = version
+
+
+def focal_weight(weight: Tensor | None, classes: int) -> Tensor | None:
+    """The factors of the focal term: 0-dim, or one for each of ``classes``.
+
+    Raises:
+        ValueError: several for one class, a wrong length, or a negative value.
+    """
+    if weight is None:
+        return None
+    if weight.ndim > 0:
+        if classes == 1:
+            raise ValueError(
+                "Per-class class_weight is not supported for single-channel outputs. weight: got "
+                f"{weight.numel()} values, expected one number"
+            )
+        if weight.numel() != classes:
+            raise ValueError(
+                f"The number of class_weight ({weight.numel()}) must match the number of output channels "
+                f"({classes}): without the background it has no value for it"
+            )
+    _no_negative(weight, "class_weight values must be non-negative.")
     return weight
+
+
+def focal_alpha(alpha: float | Sequence[float] | Tensor | None, classes: int) -> Tensor | float | None:
+    """The balance of the focal term: one number, or a tensor with one for each of ``classes``.
+
+    Raises:
+        ValueError: a wrong length.
+    """
+    if alpha is None or isinstance(alpha, (float, int)):
+        return alpha
+    alpha = torch.as_tensor(alpha)
+    if alpha.ndim > 0 and alpha.shape[0] != classes:
+        raise ValueError(
+            f"The length of alpha ({alpha.shape[0]}) must match the number of classes ({classes}): "
+            "without the background it has no value for it"
+        )
+    return alpha
 
 
 def ce_weight(weight: Tensor | None, classes: int) -> Tensor | None:

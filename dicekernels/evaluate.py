@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .autograd import fused_loss, total_sums
 from .backends import eager
-from .ops import FusedLoss
-from .spec import LossSpec, chunk_count, row_names
+from .finish import finish
+from .spec import FN, LossSpec, chunk_count, row_index, row_names
 
 # What explain() collects; None outside it.
 _recorder: list[Call | str] | None = None
@@ -58,6 +59,7 @@ def _distinct(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
 
 
 _T = TypeVar("_T", Tensor, Tensor | None)
+_Weights = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def _saveable(tensor: _T) -> _T:
@@ -86,6 +88,7 @@ class Call:
     Attributes:
         dtype: of the loss.
         shape: of the loss; None keeps the shape of the op.
+        missed: (B, C) that FN has beside the pass (MONAI's masked label maps), a constant.
         notes: what happens outside the kernels (an activation of the user's, a copy), for ``explain``.
     """
 
@@ -100,6 +103,7 @@ class Call:
     region_lambda: Tensor | None = None
     voxel_lambda: Tensor | None = None
     shape: tuple[int, ...] | None = None
+    missed: Tensor | None = None
     notes: tuple[str, ...] = ()
 
     def eager_reason(self) -> str:
@@ -112,8 +116,8 @@ class Call:
             "weight": self.class_weight,
             "pos_weight": self.pos_weight,
             "neg_weight": self.neg_weight,
-            "lambda_dice": self.region_lambda,
-            "lambda_ce": self.voxel_lambda,
+            "the lambda of the overlap term": self.region_lambda,
+            "the lambda of the voxel term": self.voxel_lambda,
         }
         for name, tensor in inputs.items():
             if tensor is not None and tensor.requires_grad:
@@ -143,14 +147,30 @@ class Call:
             forced = dispatch.forced_backend()
             if forced not in (None, "eager"):
                 raise RuntimeError(f"backend {forced!r} was forced, but {reason}; detach it or force 'eager'")
+        if self.missed is not None:
+            loss = self._run_with_missed(self.missed, weights, reason)
+        elif reason:
             loss = eager.loss(self.logits, self.target, self.mask, *weights, self.spec).to(self.dtype)
         else:
             namespace = dispatch.choose(self.logits).namespace
             tensors: tuple[Tensor | None, ...] = (self.logits, self.target, self.mask, *weights)
             if torch.compiler.is_compiling():
                 tensors = _distinct(tensors)
-            loss, _ = FusedLoss.apply(*tensors, self.spec, namespace, self.dtype)  # type: ignore[no-untyped-call]
+            loss = fused_loss(tensors, self.spec, namespace, self.dtype)
         return loss if self.shape is None else loss.reshape(self.shape)
+
+    def _run_with_missed(self, missed: Tensor, weights: _Weights, reason: str) -> Tensor:
+        """The sums from the backend, the formula in PyTorch."""
+        spec = self.spec
+        if reason:
+            totals = eager.sums(self.logits, self.target, self.mask, spec.sums).sum(1)
+        else:
+            namespace = dispatch.choose(self.logits).namespace
+            totals = total_sums(self.logits, self.target, self.mask, spec.sums, namespace)
+        row = torch.arange(totals.shape[-1], device=totals.device) == row_index(spec.sums.rows, FN)
+        totals = totals + missed[..., None] * row
+        empty = self.logits.numel() == 0
+        return finish(totals, *weights, spec.sums.rows, spec.finish, empty).to(self.dtype)
 
     def explain(self) -> str:
         """Which backend runs it and why, and what it costs."""

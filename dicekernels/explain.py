@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,12 +11,14 @@ from torch import Tensor
 from .evaluate import record
 
 
-def explain(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> str:
-    """Evaluates ``loss(logits, target)`` once and tells how it ran.
+def explain(
+    loss: Callable[..., Tensor], logits: Tensor | Sequence[Tensor], target: Tensor, **more: Any
+) -> str:
+    """Evaluates ``loss(logits, target, **more)`` once and tells how it ran.
 
     Args:
         loss: a loss module or function of this package, or a callable that uses them.
-        logits, target: as the loss takes them.
+        logits, target, more: as the loss takes them; the logits may be those of several resolutions.
 
     Returns:
         A few lines: the backend of each pass, the reasons against the others, the sums and their
@@ -26,11 +29,12 @@ def explain(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Te
         Whatever the loss raises on these tensors.
     """
     with record() as calls:
-        loss(logits, target)
+        loss(logits, target, **more)
     if not calls:
         name = type(loss).__name__
         raise ValueError(f"loss: {name} made no call into dicekernels, expected one of its losses")
-    needs_graph = torch.is_grad_enabled() and logits.requires_grad
+    outputs = [logits] if isinstance(logits, Tensor) else logits
+    needs_graph = torch.is_grad_enabled() and any(output.requires_grad for output in outputs)
     lines = [call if isinstance(call, str) else call.explain() for call in calls]
     if not needs_graph:
         lines.append("note: no gradient is recorded for these logits; backward was not considered")

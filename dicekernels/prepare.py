@@ -67,7 +67,30 @@ def kernel_dtype(tensor: Tensor) -> Tensor:
     return tensor.to(wider[tensor.dtype]) if tensor.dtype in wider else tensor
 
 
-def _single_channel(option: str) -> None:
+def dense_labels(target: Tensor, logits: Tensor) -> Tensor:
+    """Labels (B, 1, *S) or (B, *S) as float32 one-hot of the logits' channels; that of one channel stays.
+
+    What MONAI's losses of two halves hand to both.
+
+    Raises:
+        AssertionError: more than one channel of labels.
+        RuntimeError: a label outside [0, C).
+    """
+    classes = logits.shape[1]
+    if classes == 1:
+        warn_single_channel("to_onehot_y=True")
+        return target
+    labels = plain(target).long()
+    labels = labels if labels.shape == (logits.shape[0], *logits.shape[2:]) else labels.squeeze(1)
+    if labels.ndim != logits.ndim - 1:
+        raise AssertionError(
+            f"labels should have a channel with length equal to one. target: got {tuple(target.shape)}"
+        )
+    return torch.zeros_like(plain(logits), dtype=torch.float32).scatter_(1, labels[:, None], 1.0)
+
+
+def warn_single_channel(option: str) -> None:
+    """MONAI's warning about an option that one channel makes void."""
     if torch.compiler.is_compiling():
         return  # a warning cannot be part of a graph
     warnings.warn(f"single channel prediction, `{option}` ignored.", UserWarning, stacklevel=5)
@@ -83,12 +106,14 @@ def prepare(
     softmax: bool,
     other_act: OtherAct,
     ignore_index: int | None,
+    mismatch: type[Exception] = AssertionError,
 ) -> Inputs:
     """Checks the data and applies the options.
 
     Raises:
         TypeError, ValueError: not tensors, different devices, a mask of another shape, two activations.
-        AssertionError: the target's shape does not fit (MONAI's type).
+        mismatch: the target's shape does not fit (its type is MONAI's for the loss).
+        AssertionError: labels without a channel of their own.
         NotImplementedError: softmax of integers (torch's type).
     """
     checks.activation_options(sigmoid, softmax, other_act)
@@ -101,7 +126,7 @@ def prepare(
     activation = Activation.SIGMOID if sigmoid else Activation.NONE
     if softmax:
         if channels == 1:
-            _single_channel("softmax=True")
+            warn_single_channel("softmax=True")
         elif not logits.is_floating_point():
             raise NotImplementedError(
                 f"logits: got {logits.dtype}, expected a floating dtype for softmax=True; use logits.float()"
@@ -116,21 +141,21 @@ def prepare(
     dense = True
     if to_onehot_y:
         if channels == 1:
-            _single_channel("to_onehot_y=True")
+            warn_single_channel("to_onehot_y=True")
         else:
             dense = False
     skipped = 0
     if not include_background:
         if channels == 1:
-            _single_channel("include_background=False")
+            warn_single_channel("include_background=False")
         else:
             skipped = 1
     if not dense and logits.shape[1] != channels:
-        raise AssertionError(
+        raise mismatch(
             f"ground truth has different shape: one-hot of the {channels} channels of the input, but "
             f"other_act made {logits.shape[1]} of them"
         )
-    _check_target(logits, target, dense)
+    _check_target(logits, target, dense, mismatch)
     checks.mask_shape(mask, logits)
     promoted = torch.promote_types(
         logits.dtype if logits.is_floating_point() else torch.float32,
@@ -171,14 +196,14 @@ def prepare(
     )
 
 
-def _check_target(logits: Tensor, target: Tensor, dense: bool) -> None:
+def _check_target(logits: Tensor, target: Tensor, dense: bool, mismatch: type[Exception]) -> None:
     shape, expected = tuple(target.shape), tuple(logits.shape)
     if dense:
         if shape != expected:
             hint = (
                 "; pass to_onehot_y=True for a label map" if shape == (expected[0], 1, *expected[2:]) else ""
             )
-            raise AssertionError(
+            raise mismatch(
                 f"ground truth has different shape ({target.shape}) from input ({logits.shape}){hint}"
             )
         return
@@ -190,7 +215,7 @@ def _check_target(logits: Tensor, target: Tensor, dense: bool) -> None:
             f"{(expected[0], 1, *expected[2:])}; a one-hot target goes with to_onehot_y=False"
         )
     if (shape[0], *shape[2:]) != (expected[0], *expected[2:]):
-        raise AssertionError(f"ground truth has different shape ({target.shape}) from input ({logits.shape})")
+        raise mismatch(f"ground truth has different shape ({target.shape}) from input ({logits.shape})")
 
 
 def _dense_ignore_mask(target: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:

@@ -38,8 +38,10 @@ def overlap_of(squared_pred: bool, soft_label: bool) -> Overlap:
 
 def overlap_call(inputs: Inputs, overlap: Overlap, finish: FinishSpec) -> Call:
     rows = OVERLAP_ROWS | (0 if inputs.dense else BAD)
-    if finish.formula == Formula.GENERALIZED or finish.denominator == Denominator.WEIGHTS:
+    if finish.formula in (Formula.GENERALIZED, Formula.MCC) or finish.denominator == Denominator.WEIGHTS:
         rows |= G
+    if finish.formula == Formula.MCC:
+        rows |= N
     sums = SumsSpec(
         dense=inputs.dense,
         activation=inputs.activation,
@@ -85,6 +87,29 @@ def ce_term(
         label_smoothing=smoothing,
         denominator=denominator,
         voxel_skipped=skipped,
+    )
+    return LossSpec(sums, finish)
+
+
+def focal_term(inputs: Inputs, reduction: str, gamma: float, use_softmax: bool, ignores: bool) -> LossSpec:
+    """MONAI's focal loss alone; ``ignores``: voxels are left out, which changes MONAI's denominator."""
+    rows = POS | N | (0 if inputs.dense else BAD) | (0 if use_softmax else NEG)
+    sums = SumsSpec(
+        dense=inputs.dense,
+        activation=Activation.NONE,
+        rows=rows,
+        voxel_term=VoxelTerm.FOCAL_SOFTMAX if use_softmax else VoxelTerm.FOCAL_SIGMOID,
+        ignore_index=inputs.ignore_index,
+        product_mask=inputs.product_mask,
+        focal_gamma=checks.constant("gamma", gamma),
+        first_class=inputs.skipped if use_softmax else 0,
+    )
+    mean = Denominator.VOXELS if ignores else Denominator.ELEMENTS
+    finish = FinishSpec(
+        Formula.NONE,
+        reduction=reduction_of(reduction),
+        denominator=mean if reduction == "mean" else Denominator.SAMPLES,
+        voxel_skipped=inputs.skipped,
     )
     return LossSpec(sums, finish)
 

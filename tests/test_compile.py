@@ -11,7 +11,18 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 import dicekernels
-from dicekernels import DiceCELoss, DiceLoss, GeneralizedDiceLoss, TverskyLoss, region_sums
+from dicekernels import (
+    DiceCELoss,
+    DiceFocalLoss,
+    DiceLoss,
+    FocalLoss,
+    GeneralizedDiceFocalLoss,
+    GeneralizedDiceLoss,
+    MaskedDiceLoss,
+    MCCLoss,
+    TverskyLoss,
+    region_sums,
+)
 
 HOT = {"to_onehot_y": True, "softmax": True}
 SHAPE = (2, 3, 4, 5, 6)
@@ -32,6 +43,15 @@ MODULES = {
         ignore_index=2,
         include_background=False,
     ),
+    "mcc": lambda: MCCLoss(**HOT, batch=True),
+    "focal": lambda: FocalLoss(to_onehot_y=True, alpha=0.3, weight=[0.2, 0.3, 0.5]),
+    "focal values": lambda: FocalLoss(use_softmax=True, ignore_index=1, reduction="sum"),
+    "focal map": lambda: FocalLoss(to_onehot_y=True, reduction="none"),
+    "dice_focal": lambda: DiceFocalLoss(**HOT),
+    "dice_focal options": lambda: DiceFocalLoss(
+        **HOT, use_softmax=True, alpha=[0.3, 0.7], lambda_focal=0.4, include_background=False
+    ),
+    "generalized_focal": lambda: GeneralizedDiceFocalLoss(**HOT, ignore_index=0),
 }
 
 
@@ -117,6 +137,21 @@ def test_region_sums():
         assert_same(bits(fast, *data("labels", seed)), bits(score, *data("labels", seed)))
 
 
+@pytest.mark.parametrize("kind", ["binary", "fraction"])
+def test_a_masked_label_map(kind):
+    loss = MaskedDiceLoss(**HOT)
+    fast = compiled(loss)
+    for seed in range(2):
+        logits, target = data("labels", seed)
+        mask = make_mask(kind, SHAPE, seed=seed)
+        mask = mask.bool() if kind == "binary" else mask / 2
+        for got, truth in zip(
+            bits(fast, logits, target, mask=mask), bits(loss, logits, target, mask=mask), strict=True
+        ):
+            # its formula is traced, and may be ordered anew
+            assert (got - truth).abs().max() <= 4 * torch.finfo(torch.float32).eps * truth.abs().max()
+
+
 def test_a_mask_of_voxel_weights():
     loss = DiceCELoss(**HOT)
     fast = compiled(loss)
@@ -126,17 +161,23 @@ def test_a_mask_of_voxel_weights():
         assert_same(bits(fast, logits, target, mask=mask), bits(loss, logits, target, mask=mask))
 
 
-def test_a_warm_up_of_the_factors_recompiles_nothing():
-    loss = DiceCELoss(**HOT)
+@pytest.mark.parametrize("kind", [DiceCELoss, DiceFocalLoss, GeneralizedDiceFocalLoss])
+def test_a_warm_up_of_the_factors_recompiles_nothing(kind):
+    loss = kind(**HOT)
+    first, second = kind.FACTORS
     fast = compiled(loss)
     logits, target = data("dice_ce")
     values = []
     for step in range(4):
-        loss.lambda_dice, loss.lambda_ce = 0.25 * step, 1 - 0.25 * step
+        setattr(loss, first, 0.25 * step)
+        setattr(loss, second, 1 - 0.25 * step)
         assert_same(bits(fast, logits, target), bits(loss, logits, target))
         values.append(fast(logits.requires_grad_(), target).item())
     assert len(set(values)) == 4  # it follows
-    loss.lambda_dice, loss.lambda_ce = 1.0, 0.0
+    if kind is GeneralizedDiceFocalLoss:
+        return
+    setattr(loss, first, 1.0)
+    setattr(loss, second, 0.0)
     alone = DiceLoss(**HOT)(logits.detach(), target)
     assert fast(logits.requires_grad_(), target).item() == alone.item()
 

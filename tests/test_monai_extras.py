@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from test_monai_modules import F32, F64, NAMES, every_loss, make, run
+from test_monai_modules import F32, F64, NAMES, make, run
 from torch import Tensor
 
 import dicekernels
@@ -21,9 +22,19 @@ FRACTIONS = torch.rand((2, 1, 5, 7), generator=torch.Generator().manual_seed(7))
 FRACTIONS[0, 0, 0], FRACTIONS[1, 0, 2] = 0, 1
 SOFT = torch.rand((2, 3, 5, 7), generator=torch.Generator().manual_seed(8))
 IGNORED = {"ignore_index": 255}
+FOCAL = ("FocalLoss", "DiceFocalLoss", "GeneralizedDiceFocalLoss")
+LOSSES = (*NAMES, "MCCLoss", *FOCAL)
+every_loss = pytest.mark.parametrize("name", LOSSES)
+
+
+def takes(name: str, options: dict[str, Any]) -> bool:
+    """Whether the constructor, or forward with its mask, has all of these options."""
+    return set(options) <= {"mask", *inspect.signature(getattr(dicekernels, name)).parameters}
+
+
 EXTRAS: list[tuple[str, dict[str, Any], str]] = [
     (name, extra, target)
-    for name in NAMES
+    for name in LOSSES
     for extra, target in (
         ({"ignore_index": 255}, "labels"),
         ({"ignore_index": 1}, "labels"),
@@ -37,7 +48,12 @@ EXTRAS: list[tuple[str, dict[str, Any], str]] = [
         ({"mask": FRACTIONS[:1]}, "labels"),
         ({"mask": FRACTIONS, "soft_label": True}, "soft"),
         ({"soft_label": True, "ignore_index": 2}, "soft"),
+        ({"use_softmax": True, "include_background": False, "alpha": [0.3, 0.7]}, "labels"),
+        ({"use_softmax": True, "mask": FRACTIONS, "alpha": 0.3, "reduction": "sum"}, "labels"),
+        ({"alpha": 0.3, "weight": [1.0, 0.5, 2.0], "ignore_index": 1, "gamma": 0.5}, "soft"),
+        ({"use_softmax": False, "alpha": [0.3, 0.7, 0.9], "mask": FRACTIONS}, "labels"),
     )
+    if takes(name, extra)
 ] + [
     ("DiceLoss", {"log_loss": True}, "labels"),
     ("DiceLoss", {"log_loss": True, "jaccard": True, "weight": [1.0, 0.5, 2.0], "mask": FRACTIONS}, "soft"),
@@ -60,6 +76,10 @@ ORACLES: dict[str, Callable[..., Tensor]] = {
     "GeneralizedDiceLoss": reference.generalized_dice_loss,
     "TverskyLoss": reference.tversky_loss,
     "DiceCELoss": reference.dice_ce_loss,
+    "MCCLoss": reference.mcc_loss,
+    "FocalLoss": reference.focal_loss,
+    "DiceFocalLoss": reference.dice_focal_loss,
+    "GeneralizedDiceFocalLoss": reference.generalized_dice_focal_loss,
 }
 
 
@@ -68,13 +88,16 @@ def assert_is_the_oracle(name: str, options: dict[str, Any], kind: str, dtype: t
     if options.get("ignore_index") == 255:
         labels[0, 0, 1], labels[1, 0, :, 3] = 255, 255
     target = labels if kind == "labels" else SOFT * (labels != 255)
-    options = {"softmax": True, "to_onehot_y": kind == "labels", **options}
+    options = {"to_onehot_y": kind == "labels", **options}
+    if takes(name, {"softmax": True}):
+        options["softmax"] = True
     inner = F64 if dtype == F64 else F32
     oracle = partial(ORACLES[name], **options)
     truth, honest = run(oracle, logits.double(), target), run(oracle, logits.to(inner), target)
     mask = options.pop("mask", None)
     value, gradient = run(getattr(dicekernels, name)(**options), logits, target, mask=mask)
-    assert_close_to_truth(value, truth[0], honest[0], inner, "loss")
+    # The focal half is a float32 number.
+    assert_close_to_truth(value, truth[0], honest[0], F32 if name in FOCAL else inner, "loss")
     assert gradient.dtype == dtype
     assert_gradient_close(gradient, truth[1], honest[1].to(dtype), dtype, "gradient")
 
@@ -105,7 +128,7 @@ def test_voxel_weights_beside_an_ignored_class_of_fractions(
 def test_the_mask_of_a_single_channel(name: str) -> None:
     logits, _ = make(classes=1)
     target = (logits > 0.2).float()
-    options = {"sigmoid": True}
+    options = {"sigmoid": True} if takes(name, {"sigmoid": True}) else {}
     oracle = partial(ORACLES[name], mask=FRACTIONS, **options)
     truth, honest = run(oracle, logits.double(), target), run(oracle, logits, target)
     got = run(getattr(dicekernels, name)(**options), logits, target, mask=FRACTIONS)

@@ -13,14 +13,25 @@ and LabelRangeError for a label outside [0, C) that is not ``ignore_index`` (CPU
 from __future__ import annotations
 
 from ..sums import RegionSums, region_sums
-from .compound import dice_ce_loss
-from .overlap import dice_loss, generalized_dice_loss, tversky_loss
+from .compound import dice_ce_loss, dice_focal_loss, generalized_dice_focal_loss
+from .focal import focal_loss
+from .masked import masked_dice_loss
+from .overlap import dice_loss, generalized_dice_loss, mcc_loss, tversky_loss
+from .unified_focal import asymmetric_unified_focal_loss
+from .wasserstein import generalized_wasserstein_dice_loss
 
 __all__ = [
     "RegionSums",
+    "asymmetric_unified_focal_loss",
     "dice_ce_loss",
+    "dice_focal_loss",
     "dice_loss",
+    "focal_loss",
+    "generalized_dice_focal_loss",
     "generalized_dice_loss",
+    "generalized_wasserstein_dice_loss",
+    "masked_dice_loss",
+    "mcc_loss",
     "region_sums",
     "tversky_loss",
 ]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks, reference
 from ..evaluate import Call
-from ..prepare import OtherAct, like_input, prepare
-from ..spec import Denominator, Formula, LossSpec
-from ..terms import ce_term, overlap_call, overlap_of
-from .dense import or_dense
+from ..prepare import Inputs, OtherAct, like_input, prepare, warn_single_channel
+from ..spec import Denominator, FinishSpec, Formula, LossSpec
+from ..terms import ce_term, focal_term, overlap_call, overlap_of, reduction_of
+from .dense import ignores_fractions, or_dense
+from .focal import Alpha, focal_dense_reason, focal_factors, focal_loss, void_alpha
+from .overlap import GDL_WEIGHTS, dice_loss, generalized_dice_loss
 
 
 @or_dense(reference.dice_ce_loss)
@@ -109,3 +112,247 @@ def dice_ce_loss(
         dataclasses.replace(finish, label_smoothing=0.0, denominator=Denominator.ONE),
     )
     return like_input(call.run() + voxel.run(), logits, target)
+
+
+def _two_passes(logits: Tensor, target: Tensor, other_act: OtherAct, options: dict[str, Any]) -> bool:
+    """Whether an overlap half and a focal half need a pass each: they read other values, or one is a map."""
+    if other_act is not None or ignores_fractions(logits, target, options):
+        return True
+    return bool(focal_dense_reason(logits, target, options))
+
+
+def _unrounded(logits: Tensor, reduction: str) -> Tensor:
+    """Beside a float32 map the terms of an overlap of half precision logits are not rounded to half."""
+    half = reduction == "none" and logits.dtype in (torch.float16, torch.bfloat16)
+    return logits.float() if half else logits
+
+
+def _scaled(factor: float | Tensor, half: Tensor) -> Tensor:
+    """In the dtype of the half, as by a number: a 0-dim tensor would promote it."""
+    return (factor * half).to(half.dtype)
+
+
+def _with_focal(
+    overlap: Call,
+    inputs: Inputs,
+    reduction: str,
+    gamma: float,
+    alpha: Alpha,
+    weight: checks.Weight,
+    use_softmax: bool,
+    ignores: bool,
+) -> Call:
+    """The focal half added to the pass of the overlap half."""
+    if void_alpha(alpha, not inputs.skipped, use_softmax):
+        alpha = None
+    term = focal_term(inputs, reduction, gamma, use_softmax, ignores)
+    sums = dataclasses.replace(
+        overlap.spec.sums,
+        rows=overlap.spec.sums.rows | term.sums.rows,
+        voxel_term=term.sums.voxel_term,
+        focal_gamma=term.sums.focal_gamma,
+        first_class=term.sums.first_class,
+    )
+    finish = dataclasses.replace(
+        overlap.spec.finish, denominator=term.finish.denominator, voxel_skipped=term.finish.voxel_skipped
+    )
+    overlap.spec = LossSpec(sums, finish)
+    balance = checks.focal_alpha(alpha, inputs.classes)
+    factor = checks.focal_weight(checks.as_weight(weight), inputs.classes)
+    overlap.pos_weight, overlap.neg_weight = focal_factors(balance, factor, inputs, use_softmax)
+    overlap.dtype = torch.promote_types(overlap.dtype, torch.float32)  # MONAI's focal half is float32
+    return overlap
+
+
+@or_dense(reference.dice_focal_loss)
+def dice_focal_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: OtherAct = None,
+    squared_pred: bool = False,
+    jaccard: bool = False,
+    reduction: str = "mean",
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    batch: bool = False,
+    gamma: float = 2.0,
+    weight: checks.Weight = None,
+    lambda_dice: float | Tensor = 1.0,
+    lambda_focal: float | Tensor = 1.0,
+    alpha: Alpha = None,
+    use_softmax: bool = False,
+    soft_label: bool = False,
+    ignore_index: int | None = None,
+    mask: Tensor | None = None,
+    dice_weight: checks.Weight | str = "weight",
+) -> Tensor:
+    """lambda_dice x Dice loss + lambda_focal x focal loss, from one pass.
+
+    Options as ``monai.losses.DiceFocalLoss``: the focal half is that of sigmoids, also beside a Dice half
+    with softmax, unless ``use_softmax``. ``weight`` goes to both halves unless ``dice_weight`` says
+    otherwise (None: no weight). ``soft_label``, ``ignore_index`` and ``mask`` as in :func:`dice_loss` and
+    :func:`focal_loss`; a lambda as in :func:`dice_ce_loss`.
+
+    Returns:
+        () for reduction "mean" and "sum"; for "none" the Dice terms beside the focal map (B, K, *S).
+    """
+    reduction = checks.option("reduction", reduction, ("mean", "sum", "none"))
+    checks.tensors(logits, target, mask)
+    checks.dice_ce_shapes(logits, target)
+    if isinstance(dice_weight, str):
+        dice_weight = weight
+    focal: dict[str, Any] = {
+        "include_background": include_background,
+        "to_onehot_y": to_onehot_y,
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "mask": mask,
+    }
+    balance: dict[str, Any] = {"alpha": alpha, "use_softmax": use_softmax}
+    if _two_passes(logits, target, other_act, focal | balance):
+        if to_onehot_y and logits.shape[1] == 1:
+            warn_single_channel("to_onehot_y=True")
+            focal["to_onehot_y"] = False
+        dice = dice_loss(
+            _unrounded(logits, reduction),
+            target,
+            sigmoid=sigmoid,
+            softmax=softmax,
+            other_act=other_act,
+            squared_pred=squared_pred,
+            jaccard=jaccard,
+            smooth_nr=smooth_nr,
+            smooth_dr=smooth_dr,
+            batch=batch,
+            weight=dice_weight,
+            soft_label=soft_label,
+            **focal,
+        )
+        voxel = focal_loss(logits, target, gamma=gamma, weight=weight, **focal, **balance)
+        return _scaled(lambda_dice, dice) + _scaled(lambda_focal, voxel)
+    inputs = prepare(
+        logits,
+        target,
+        mask,
+        include_background,
+        to_onehot_y,
+        sigmoid,
+        softmax,
+        other_act,
+        ignore_index,
+    )
+    if not include_background and logits.shape[1] == 1:
+        warn_single_channel("include_background=False")  # MONAI's halves both warn
+    finish = FinishSpec(
+        Formula.RATIO,
+        alpha=2.0 if jaccard else 1.0,
+        beta=2.0 if jaccard else 1.0,
+        smooth_nr=checks.constant("smooth_nr", smooth_nr),
+        smooth_dr=checks.constant("smooth_dr", smooth_dr),
+        skipped=inputs.skipped,
+        batch=batch,
+        reduction=reduction_of(reduction),
+    )
+    call = overlap_call(inputs, overlap_of(squared_pred, soft_label), finish)
+    call.class_weight = checks.class_weight(checks.as_weight(dice_weight), inputs.classes)
+    call = _with_focal(call, inputs, reduction, gamma, alpha, weight, use_softmax, ignore_index is not None)
+    call.region_lambda = checks.factor("lambda_dice", lambda_dice, logits)
+    call.voxel_lambda = checks.factor("lambda_focal", lambda_focal, logits)
+    return like_input(call.run(), logits, target)
+
+
+@or_dense(reference.generalized_dice_focal_loss)
+def generalized_dice_focal_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: OtherAct = None,
+    w_type: str = "square",
+    reduction: str = "mean",
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    batch: bool = False,
+    gamma: float = 2.0,
+    weight: checks.Weight = None,
+    lambda_gdl: float | Tensor = 1.0,
+    lambda_focal: float | Tensor = 1.0,
+    alpha: Alpha = None,
+    use_softmax: bool = False,
+    soft_label: bool = False,
+    ignore_index: int | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """lambda_gdl x generalized Dice loss + lambda_focal x focal loss, from one pass.
+
+    Options as ``monai.losses.GeneralizedDiceFocalLoss``, whose ``weight`` is that of the focal half alone;
+    the others as in :func:`generalized_dice_loss` and :func:`dice_focal_loss`.
+
+    Returns:
+        () for reduction "mean" and "sum"; for "none" the Dice terms beside the focal map (B, K, *S).
+    """
+    reduction = checks.option("reduction", reduction, ("mean", "sum", "none"))
+    checks.tensors(logits, target, mask)
+    checks.dice_ce_shapes(logits, target)
+    focal: dict[str, Any] = {
+        "include_background": include_background,
+        "to_onehot_y": to_onehot_y,
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "mask": mask,
+    }
+    balance: dict[str, Any] = {"alpha": alpha, "use_softmax": use_softmax}
+    if _two_passes(logits, target, other_act, focal | balance):
+        gdl = generalized_dice_loss(
+            _unrounded(logits, reduction),
+            target,
+            sigmoid=sigmoid,
+            softmax=softmax,
+            other_act=other_act,
+            w_type=w_type,
+            smooth_nr=smooth_nr,
+            smooth_dr=smooth_dr,
+            batch=batch,
+            soft_label=soft_label,
+            **focal,
+        )
+        voxel = focal_loss(logits, target, gamma=gamma, weight=weight, **focal, **balance)
+        return _scaled(lambda_gdl, gdl) + _scaled(lambda_focal, voxel)
+    inputs = prepare(
+        logits,
+        target,
+        mask,
+        include_background,
+        to_onehot_y,
+        sigmoid,
+        softmax,
+        other_act,
+        ignore_index,
+    )
+    if logits.shape[1] == 1:  # MONAI's halves both warn
+        if to_onehot_y:
+            warn_single_channel("to_onehot_y=True")
+        if not include_background:
+            warn_single_channel("include_background=False")
+    finish = FinishSpec(
+        Formula.GENERALIZED,
+        smooth_nr=checks.constant("smooth_nr", smooth_nr),
+        smooth_dr=checks.constant("smooth_dr", smooth_dr),
+        gdl_weight=GDL_WEIGHTS[checks.option("w_type", w_type, tuple(GDL_WEIGHTS))],
+        skipped=inputs.skipped,
+        batch=batch,
+        reduction=reduction_of(reduction),
+    )
+    call = overlap_call(inputs, overlap_of(False, soft_label), finish)
+    call = _with_focal(call, inputs, reduction, gamma, alpha, weight, use_softmax, ignore_index is not None)
+    call.region_lambda = checks.factor("lambda_gdl", lambda_gdl, logits)
+    call.voxel_lambda = checks.factor("lambda_focal", lambda_focal, logits)
+    return like_input(call.run(), logits, target)

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from .. import checks
@@ -13,30 +14,44 @@ from ..evaluate import record, record_dense
 from ..prepare import like_input, plain
 
 _F = TypeVar("_F", bound=Callable[..., Tensor])
+Reason = Callable[[Tensor, Tensor, dict[str, Any]], str]
 
 
 def _dense_reason(logits: Tensor, target: Tensor, options: dict[str, Any]) -> str:
     """Why the kernels cannot run a problem that the oracle can, or ""."""
-    if not all(isinstance(tensor, Tensor) for tensor in (logits, target)):
-        return ""  # the checks name it
     if logits.ndim == 2:
         return "the logits have no spatial dimensions"
-    index, labels = options.get("ignore_index"), options.get("to_onehot_y")
-    if options.get("mask") is None or index is None or labels or not target.is_floating_point():
-        return ""
-    if target.ndim > 1 and 0 <= index < target.shape[1] != 1:
+    if options.get("mask") is not None and ignores_fractions(logits, target, options):
         return "a mask weighs linearly and an ignored class of fractions does not: no pass does both"
     return ""
 
 
-def or_dense(oracle: Callable[..., Tensor]) -> Callable[[_F], _F]:
-    """Hands the oracle what has no kernel: logits (B, C), where MONAI takes one sum over B and C, and
-    voxel weights beside an ignored class of a soft target. It runs in float64, so no bit is lost."""
+def ignores_fractions(logits: Tensor, target: Tensor, options: dict[str, Any]) -> bool:
+    """Whether ``ignore_index`` is a class of a floating dense target, so that its mask may hold fractions."""
+    index = options.get("ignore_index")
+    labels = options.get("to_onehot_y", False) and logits.shape[1] > 1
+    if index is None or labels or not target.is_floating_point():
+        return False
+    return target.ndim > 1 and 0 <= index < target.shape[1] != 1
+
+
+def or_dense(oracle: Callable[..., Tensor], more: Reason | None = None) -> Callable[[_F], _F]:
+    """Hands the oracle what has no kernel.
+
+    Logits (B, C), where MONAI takes one sum over B and C, and voxel weights beside an ignored class of a
+    soft target run in float64, so no bit is lost. ``more`` names reasons of this loss alone; those run in
+    the precision of the kernels.
+    """
 
     def decorate(function: _F) -> _F:
         @functools.wraps(function)
         def loss(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
-            reason = _dense_reason(logits, target, options)
+            if not all(isinstance(tensor, Tensor) for tensor in (logits, target)):
+                return function(logits, target, **options)  # the checks name it
+            reason, dtype = _dense_reason(logits, target, options), torch.float64
+            if not reason and more is not None:
+                reason = more(logits, target, options)
+                dtype = torch.promote_types(logits.dtype, torch.float32)
             if not reason:
                 return function(logits, target, **options)
             # The checks, warnings and dtype of the usual path, on a volume of at least one dimension.
@@ -49,7 +64,7 @@ def or_dense(oracle: Callable[..., Tensor]) -> Callable[[_F], _F]:
                 checked = function(*inputs, **checked_options)
             checks.option("reduction", options.get("reduction", "mean"), ("mean", "sum", "none"))
             record_dense(reason)
-            dense = oracle(plain(logits).double(), plain(target), **options)
+            dense = oracle(plain(logits).to(dtype), plain(target), **options)
             return like_input(dense.to(checked.dtype), logits, target)
 
         return cast(_F, loss)

@@ -1,4 +1,4 @@
-"""Losses of overlap sums alone: Dice, generalized Dice, Tversky."""
+"""Losses of overlap sums alone: Dice, generalized Dice, Tversky, Matthews' correlation."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 from .. import checks, reference
 from ..prepare import OtherAct, like_input, prepare
-from ..spec import FinishSpec, Formula, GdlWeight, Reduction, Transform
+from ..spec import FinishSpec, Formula, GdlWeight, Overlap, Reduction, Transform
 from ..terms import ones_shape, overlap_call, overlap_of, reduction_of, terms_shape
 from .dense import or_dense
 
-_GDL_WEIGHTS = {
+GDL_WEIGHTS = {
     "square": GdlWeight.SQUARE,
     "simple": GdlWeight.SIMPLE,
     "uniform": GdlWeight.UNIFORM,
@@ -119,7 +119,7 @@ def generalized_dice_loss(
         Formula.GENERALIZED,
         smooth_nr=checks.constant("smooth_nr", smooth_nr),
         smooth_dr=checks.constant("smooth_dr", smooth_dr),
-        gdl_weight=_GDL_WEIGHTS[checks.option("w_type", w_type, tuple(_GDL_WEIGHTS))],
+        gdl_weight=GDL_WEIGHTS[checks.option("w_type", w_type, tuple(GDL_WEIGHTS))],
         skipped=inputs.skipped,
         batch=batch,
         reduction=reduction_of(reduction),
@@ -187,6 +187,60 @@ def tversky_loss(
         reduction=reduction_of(reduction),
     )
     call = overlap_call(inputs, overlap_of(False, soft_label), finish)
+    if finish.reduction == Reduction.NONE:
+        call.shape = terms_shape(inputs, batch)
+    return like_input(call.run(), logits, target)
+
+
+@or_dense(reference.mcc_loss)
+def mcc_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: OtherAct = None,
+    reduction: str = "mean",
+    smooth_nr: float = 0.0,
+    smooth_dr: float = 1e-5,
+    batch: bool = False,
+    ignore_index: int | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """1 - Matthews' correlation coefficient of each (sample, class) (Abhishek and Hamarneh, 2021).
+
+    (tp tn - fp fn + nr) / sqrt((tp + fp)(tp + fn)(tn + fp)(tn + fn) + dr); the loss is 0 where fp = fn = 0.
+    Options as ``monai.losses.MCCLoss``; ``ignore_index`` as in :func:`dice_loss`, ``mask`` weighs voxels.
+
+    Returns:
+        () for reduction "mean" and "sum"; for "none" (B, K) or, with ``batch``, (K,).
+    """
+    inputs = prepare(
+        logits,
+        target,
+        mask,
+        include_background,
+        to_onehot_y,
+        sigmoid,
+        softmax,
+        other_act,
+        ignore_index,
+    )
+    # An ignored voxel is no true negative either: p m = g m = 0 would make it one.
+    inputs.product_mask = False
+    finish = FinishSpec(
+        Formula.MCC,
+        smooth_nr=checks.constant("smooth_nr", smooth_nr),
+        smooth_dr=checks.constant("smooth_dr", smooth_dr),
+        skipped=inputs.skipped,
+        batch=batch,
+        reduction=reduction_of(reduction),
+    )
+    call = overlap_call(inputs, Overlap.PRODUCT, finish)
+    if inputs.dense and not target.is_floating_point():
+        call.dtype = torch.promote_types(call.dtype, torch.float32)  # MONAI's 1.0 - g is one
     if finish.reduction == Reduction.NONE:
         call.shape = terms_shape(inputs, batch)
     return like_input(call.run(), logits, target)

@@ -6,6 +6,25 @@ next call follows them. Formulas and options: ``dicekernels.functional`` and doc
 """
 
 from .compound import DiceCELoss
-from .overlap import DiceLoss, GeneralizedDiceLoss, TverskyLoss
+from .focal import DiceFocalLoss, FocalLoss, GeneralizedDiceFocalLoss
+from .masked import MaskedDiceLoss
+from .overlap import DiceLoss, GeneralizedDiceLoss, MCCLoss, TverskyLoss
+from .unified_focal import AsymmetricUnifiedFocalLoss
+from .wasserstein import GeneralizedWassersteinDiceLoss
+from .wrappers import DeepSupervisionLoss, MaskedLoss
 
-__all__ = ["DiceCELoss", "DiceLoss", "GeneralizedDiceLoss", "TverskyLoss"]
+__all__ = [
+    "AsymmetricUnifiedFocalLoss",
+    "DeepSupervisionLoss",
+    "DiceCELoss",
+    "DiceFocalLoss",
+    "DiceLoss",
+    "FocalLoss",
+    "GeneralizedDiceFocalLoss",
+    "GeneralizedDiceLoss",
+    "GeneralizedWassersteinDiceLoss",
+    "MCCLoss",
+    "MaskedDiceLoss",
+    "MaskedLoss",
+    "TverskyLoss",
+]

@@ -6,28 +6,17 @@ Conventions: ``dicekernels.modules``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.loss import _Loss
 
 from .. import checks, functional
 from ..evaluate import record_line
+from .halves import TwoHalves, hooked
 from .overlap import DiceLoss
 
-# Attribute -> where its value lives.
-FACTORS = {"lambda_dice": "_lambda_dice", "lambda_ce": "_lambda_ce"}
 
-
-def _factor(value: float, before: Tensor | None) -> Tensor:
-    """A 0-dim float64 tensor where the one before it was; real and trainable in any context of torch."""
-    device = torch.device("cpu") if before is None or before.is_meta else before.device
-    with torch.inference_mode(False):
-        return torch.tensor(value, dtype=torch.float64, device=device)
-
-
-class DiceCELoss(_Loss):
+class DiceCELoss(TwoHalves):
     """``monai.losses.DiceCELoss`` from one pass over the logits.
 
     The options of its halves live where MONAI has them, in ``dice``, ``cross_entropy`` and
@@ -43,6 +32,7 @@ class DiceCELoss(_Loss):
         TypeError, ValueError: as MONAI, for options that do not fit together.
     """
 
+    FACTORS: ClassVar[dict[str, str]] = {"lambda_dice": "_lambda_dice", "lambda_ce": "_lambda_ce"}
     lambda_dice: float | Tensor
     lambda_ce: float | Tensor
 
@@ -99,38 +89,6 @@ class DiceCELoss(_Loss):
         self.lambda_dice = lambda_dice
         self.lambda_ce = lambda_ce
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in FACTORS:
-            super().__setattr__(name, value)
-        elif isinstance(value, nn.Parameter):
-            self._buffers.pop(FACTORS[name], None)
-            super().__setattr__(FACTORS[name], value)
-        else:
-            self._parameters.pop(FACTORS[name], None)
-            if not (isinstance(value, Tensor) and value.requires_grad):
-                checks.non_negative(name, float(value))
-                value = _factor(float(value), self._buffers.get(FACTORS[name]))
-            # A new tensor each time: the one of an earlier step may wait for its backward.
-            self._buffers[FACTORS[name]] = value
-            self._non_persistent_buffers_set.add(FACTORS[name])
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in FACTORS:
-            return super().__getattr__(name)
-        value = super().__getattr__(FACTORS[name])
-        assert isinstance(value, Tensor)
-        return value if value.requires_grad else float(value)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DiceCELoss:
-        """As in Module, but ``half()`` leaves the factors in float64, and ``to_empty`` their values."""
-        kept = {name: self._buffers[name] for name in FACTORS.values() if name in self._buffers}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, value in kept.items():
-            moved = self._buffers[name]
-            if value is not None and moved is not None and not moved.is_meta:
-                self._buffers[name] = value.to(moved.device)
-        return self
-
     def ce(self, input: Tensor, target: Tensor) -> Tensor:
         """The cross entropy half alone, in PyTorch; a subclass may override it."""
         if input.shape[1] != target.shape[1] and target.shape[1] == 1:
@@ -153,7 +111,7 @@ class DiceCELoss(_Loss):
             return "a half is another module"
         if type(self).ce is not DiceCELoss.ce or type(self).bce is not DiceCELoss.bce:
             return "ce or bce is overridden"
-        if any(half._forward_hooks or half._forward_pre_hooks or half._backward_hooks for half in halves):
+        if hooked(*halves):
             return "a half has hooks"
         voxel: nn.CrossEntropyLoss | nn.BCEWithLogitsLoss = (
             self.binary_cross_entropy if binary else self.cross_entropy
@@ -191,8 +149,8 @@ class DiceCELoss(_Loss):
             batch=dice.batch,
             weight=self.binary_cross_entropy.pos_weight if binary else self.cross_entropy.weight,
             dice_weight=dice.class_weight,
-            lambda_dice=getattr(self, FACTORS["lambda_dice"]),
-            lambda_ce=getattr(self, FACTORS["lambda_ce"]),
+            lambda_dice=self.factor("lambda_dice"),
+            lambda_ce=self.factor("lambda_ce"),
             label_smoothing=self.cross_entropy.label_smoothing,
             ignore_index=self.ignore_index,
             soft_label=dice.soft_label,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
 from .. import checks, functional
 from ..prepare import OtherAct
+from ..scripting import scriptable
 
 
 class _OverlapLoss(_Loss):
@@ -42,6 +43,10 @@ class _OverlapLoss(_Loss):
         self.soft_label = soft_label
         self.ignore_index = ignore_index
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in place of this module."""
+        return scriptable(self)
+
     def _options(self) -> dict[str, Any]:
         return {
             "include_background": self.include_background,
@@ -66,8 +71,6 @@ class DiceLoss(_OverlapLoss):
     Raises:
         TypeError, ValueError: as MONAI, for options that do not fit together.
     """
-
-    class_weight: Tensor | None
 
     def __init__(
         self,
@@ -105,6 +108,7 @@ class DiceLoss(_OverlapLoss):
         self.jaccard = jaccard
         self.log_loss = log_loss
         self.register_buffer("class_weight", checks.as_weight(weight))
+        self.class_weight: Tensor | None  # not in the class: TorchScript would read it there
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.dice_loss`` with the options of this module."""
@@ -219,4 +223,60 @@ class TverskyLoss(_OverlapLoss):
             gamma=self.gamma,
             mask=mask,
             **self._options(),
+        )
+
+
+class MCCLoss(_Loss):
+    """``monai.losses.MCCLoss``, 1 - Matthews' correlation coefficient, with ``ignore_index``.
+
+    Raises:
+        TypeError, ValueError: as MONAI, for options that do not fit together.
+    """
+
+    def __init__(
+        self,
+        include_background: bool = True,
+        to_onehot_y: bool = False,
+        sigmoid: bool = False,
+        softmax: bool = False,
+        other_act: Callable[[Tensor], Tensor] | None = None,
+        reduction: str = "mean",
+        smooth_nr: float = 0.0,
+        smooth_dr: float = 1e-5,
+        batch: bool = False,
+        *,
+        ignore_index: int | None = None,
+    ) -> None:
+        checks.activation_options(sigmoid, softmax, other_act)
+        super().__init__(reduction=checks.option("reduction", reduction, ("mean", "sum", "none")))
+        self.include_background = include_background
+        self.to_onehot_y = to_onehot_y
+        self.sigmoid = sigmoid
+        self.softmax = softmax
+        self.other_act = other_act
+        self.smooth_nr = float(smooth_nr)
+        self.smooth_dr = float(smooth_dr)
+        self.batch = batch
+        self.ignore_index = ignore_index
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in place of this module."""
+        return scriptable(self)
+
+    def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """``functional.mcc_loss`` with the options of this module."""
+        return functional.mcc_loss(
+            input,
+            target,
+            include_background=self.include_background,
+            to_onehot_y=self.to_onehot_y,
+            sigmoid=self.sigmoid,
+            softmax=self.softmax,
+            other_act=self.other_act,
+            reduction=self.reduction,
+            smooth_nr=self.smooth_nr,
+            smooth_dr=self.smooth_dr,
+            batch=self.batch,
+            ignore_index=self.ignore_index,
+            mask=mask,
         )

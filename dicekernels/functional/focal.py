@@ -1,0 +1,121 @@
+"""Focal loss, the voxel term of MONAI's focal family."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks, reference
+from ..evaluate import Call
+from ..prepare import Inputs, like_input, prepare
+from ..terms import focal_term
+from .dense import ignores_fractions, or_dense
+
+Alpha = float | Sequence[float] | Tensor | None
+
+
+def focal_dense_reason(logits: Tensor, target: Tensor, options: dict[str, Any]) -> str:
+    """Why the focal loss has no sums for these options, or ""."""
+    if getattr(options.get("reduction"), "value", options.get("reduction")) == "none":
+        return 'reduction="none" of the focal loss is a map of the size of the logits'
+    alpha = options.get("alpha")
+    soft = target.is_floating_point() and (logits.shape[1] == 1 or not options.get("to_onehot_y"))
+    if alpha is None or isinstance(alpha, (float, int)) or options.get("use_softmax") or not soft:
+        return ""
+    return "an alpha of each class acts only where a soft target is 1, which no sum over the voxels tells"
+
+
+def focal_factors(
+    alpha: Tensor | float | None, weight: Tensor | None, inputs: Inputs, use_softmax: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(C,) factors of the rows POS and NEG; None for 1. Those of a skipped background are never read."""
+    if alpha is None and weight is None:
+        return None, None
+    ones = torch.ones(inputs.classes, dtype=torch.float64, device=inputs.logits.device)
+    pos = neg = ones if weight is None else ones * weight.to(ones).reshape(-1)
+    if alpha is not None:
+        balance = alpha.to(ones) if isinstance(alpha, Tensor) else ones.new_tensor(alpha)
+        if balance.ndim > 0:
+            pos = pos * balance
+        elif use_softmax:
+            background = torch.arange(inputs.classes, device=ones.device) == 0
+            pos = pos * torch.where(background, 1 - balance, balance)
+        else:
+            pos, neg = pos * balance, neg * (1 - balance)
+    skipped = ones.new_zeros(inputs.skipped)
+    return torch.cat([skipped, pos]), torch.cat([skipped, neg])
+
+
+def void_alpha(alpha: Alpha, include_background: bool, use_softmax: bool) -> bool:
+    """Whether MONAI ignores a scalar alpha, with a warning: without background it has nothing to balance."""
+    if not use_softmax or include_background or not isinstance(alpha, (float, int)):
+        return False
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            "`include_background=False`, scalar `alpha` ignored when using softmax.",
+            UserWarning,
+            stacklevel=4,
+        )
+    return True
+
+
+@or_dense(reference.focal_loss, focal_dense_reason)
+def focal_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    gamma: float = 2.0,
+    alpha: Alpha = None,
+    weight: checks.Weight = None,
+    reduction: str = "mean",
+    use_softmax: bool = False,
+    ignore_index: int | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Focal loss (1 - p_t)^gamma (-log p_t) of each voxel and class (Lin et al., 2017).
+
+    Options as ``monai.losses.FocalLoss``: p by a sigmoid, or a softmax with ``use_softmax``. "mean" divides
+    by voxels and classes; with ``ignore_index`` by the voxels that count alone, as MONAI. "sum" adds the
+    spatial means up. ``mask`` weighs voxels, in the denominators too.
+
+    Returns:
+        float32 for every dtype of the logits, as MONAI (float64 where an ignored class is one of fractions
+        in float64): (), or for "none" (B, K, *S) from dense PyTorch.
+    """
+    checks.option("reduction", reduction, ("mean", "sum", "none"))
+    inputs = prepare(
+        logits,
+        target,
+        mask,
+        include_background,
+        to_onehot_y,
+        False,
+        False,
+        None,
+        ignore_index,
+        ValueError,
+    )
+    if void_alpha(alpha, include_background, use_softmax):
+        alpha = None
+    dtype = torch.float32
+    if inputs.mask is not None and ignores_fractions(
+        logits, target, {"ignore_index": ignore_index, "to_onehot_y": to_onehot_y}
+    ):
+        dtype = torch.promote_types(dtype, target.dtype)  # that of MONAI's mask
+        # MONAI multiplies the logits by this mask: no matter for zeros and ones.
+        inputs.logits, inputs.target = inputs.logits * inputs.mask, inputs.target * inputs.mask
+        inputs.notes += ("logits and target are multiplied by the fractions of the ignored class",)
+    balance = checks.focal_alpha(alpha, inputs.classes)
+    spec = focal_term(
+        inputs, getattr(reduction, "value", reduction), gamma, use_softmax, ignore_index is not None
+    )
+    call = Call(inputs.logits, inputs.target, inputs.mask, spec, dtype, notes=inputs.notes)
+    factor = checks.focal_weight(checks.as_weight(weight), inputs.classes)
+    call.pos_weight, call.neg_weight = focal_factors(balance, factor, inputs, use_softmax)
+    return like_input(call.run(), logits, target)

@@ -1,0 +1,190 @@
+"""Dice loss of a region: prediction and target multiplied by a spatial mask."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from .. import checks, dispatch, reference
+from ..autograd import total_sums
+from ..evaluate import Call
+from ..prepare import OtherAct, like_input, plain, prepare
+from ..spec import Activation, FinishSpec, Formula, G, Overlap, Reduction, SumsSpec
+from ..terms import ones_shape, overlap_call, overlap_of, reduction_of, terms_shape
+from .dense import or_dense
+from .overlap import dice_loss
+
+
+def masked_dice_loss(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+    *,
+    include_background: bool = True,
+    to_onehot_y: bool = False,
+    sigmoid: bool = False,
+    softmax: bool = False,
+    other_act: OtherAct = None,
+    squared_pred: bool = False,
+    jaccard: bool = False,
+    reduction: str = "mean",
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    batch: bool = False,
+    weight: checks.Weight = None,
+    soft_label: bool = False,
+) -> Tensor:
+    """Dice loss of p m and g m, as ``monai.losses.MaskedDiceLoss``: p the activated logits, m the mask.
+
+    With ``to_onehot_y`` MONAI multiplies the label map, before it becomes one-hot: a voxel of mask 0 is
+    background in the target, and so one more voxel that class 0 misses. ``dice_loss(mask=...)`` leaves such
+    voxels out instead.
+
+    Args:
+        mask: (B, 1, *S) or (1, 1, *S), of any dtype; None warns and masks nothing. What broadcasts over the
+            space is taken with a warning, as in MONAI.
+
+    Returns:
+        As :func:`dice_loss`.
+
+    Raises:
+        ValueError: another batch size, or more than one channel of mask.
+        RuntimeError: a mask that does not broadcast to (B, 1, *S).
+    """
+    options = {
+        "include_background": include_background,
+        "to_onehot_y": to_onehot_y,
+        "sigmoid": sigmoid,
+        "softmax": softmax,
+        "other_act": other_act,
+        "squared_pred": squared_pred,
+        "jaccard": jaccard,
+        "reduction": reduction,
+        "smooth_nr": smooth_nr,
+        "smooth_dr": smooth_dr,
+        "batch": batch,
+        "weight": weight,
+        "soft_label": soft_label,
+    }
+    if mask is None:
+        if not torch.compiler.is_compiling():
+            warnings.warn("No mask value specified for the MaskedLoss.", UserWarning, stacklevel=3)
+        return dice_loss(logits, target, **options)  # type: ignore[arg-type]
+    checks.tensors(logits, target, mask)
+    return _masked(logits, target, mask=_fitted(mask, logits, target), **options)  # type: ignore[arg-type]
+
+
+def _fitted(mask: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+    """The mask as (B, 1, *S), after MONAI's checks."""
+    shapes = []
+    if logits.dim() != mask.dim():
+        shapes.append(f"Dim of input ({logits.shape}) is different from mask ({mask.shape}).")
+    if logits.shape[0] != mask.shape[0] and mask.shape[0] != 1:
+        raise ValueError(f"Batch size of mask ({mask.shape}) must be one or equal to input ({logits.shape}).")
+    if target.dim() > 1:
+        if mask.shape[1] != 1:
+            raise ValueError(f"Mask ({mask.shape}) must have only one channel.")
+        if logits.shape[2:] != mask.shape[2:]:
+            shapes.append(f"Spatial size of input ({logits.shape}) is different from mask ({mask.shape}).")
+    for message in shapes:
+        if not torch.compiler.is_compiling():
+            warnings.warn(message, UserWarning, stacklevel=4)
+    expected = (logits.shape[0], 1, *logits.shape[2:])
+    if tuple(mask.shape) == expected:
+        return mask
+    try:
+        return mask.expand(expected)
+    except RuntimeError:
+        raise RuntimeError(
+            f"mask: got shape {tuple(mask.shape)}, expected {expected} or what broadcasts to it"
+        ) from None
+
+
+@or_dense(reference.masked_dice_loss)
+def _masked(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    mask: Tensor,
+    include_background: bool,
+    to_onehot_y: bool,
+    sigmoid: bool,
+    softmax: bool,
+    other_act: OtherAct,
+    squared_pred: bool,
+    jaccard: bool,
+    reduction: str,
+    smooth_nr: float,
+    smooth_dr: float,
+    batch: bool,
+    weight: checks.Weight,
+    soft_label: bool,
+) -> Tensor:
+    labels = to_onehot_y and logits.shape[1] > 1
+    raw_target, m = plain(target), plain(mask)
+    if labels:
+        # Fractions: 0.5 * 3 is label 1 after MONAI's truncation.
+        channel = raw_target[:, None] if raw_target.ndim == logits.ndim - 1 else raw_target
+        if channel.shape == m.shape:
+            raw_target = channel * m
+            if raw_target.is_floating_point():
+                raw_target.masked_fill_(m == 0, 0)  # NaN is no label, also not of a masked voxel
+    inputs = prepare(
+        logits,
+        raw_target,
+        m,
+        include_background,
+        to_onehot_y,
+        sigmoid,
+        softmax,
+        other_act,
+        None,
+    )
+    if not labels:
+        inputs.product_mask = True
+    inputs.dtype = torch.promote_types(inputs.dtype, m.dtype)
+    finish = FinishSpec(
+        Formula.RATIO,
+        alpha=2.0 if jaccard else 1.0,
+        beta=2.0 if jaccard else 1.0,
+        smooth_nr=checks.constant("smooth_nr", smooth_nr),
+        smooth_dr=checks.constant("smooth_dr", smooth_dr),
+        skipped=inputs.skipped,
+        batch=batch,
+        reduction=reduction_of(reduction),
+    )
+    overlap = overlap_of(squared_pred, soft_label)
+    if labels and (m.requires_grad or (overlap != Overlap.PRODUCT and m.dtype != torch.bool)):
+        # Not linear in a fractional mask: p m is made, and read as it is.
+        working = torch.promote_types(inputs.logits.dtype, torch.float32)
+        inputs.logits = _activated(inputs.logits.to(working), inputs.activation) * m
+        inputs.activation, inputs.mask = Activation.NONE, None
+        inputs.notes += ("p times the mask is made in PyTorch and kept for backward",)
+    call = overlap_call(inputs, overlap, finish)
+    call.class_weight = checks.class_weight(checks.as_weight(weight), inputs.classes)
+    if labels and inputs.mask is not None:
+        call.missed = _missed(call)
+    if finish.reduction == Reduction.NONE:
+        call.shape = (*terms_shape(inputs, batch), *ones_shape(inputs))
+    return like_input(call.run(), logits, target, mask)
+
+
+def _activated(logits: Tensor, activation: Activation) -> Tensor:
+    if activation == Activation.SOFTMAX:
+        return torch.softmax(logits, 1)
+    return torch.sigmoid(logits) if activation == Activation.SIGMOID else logits
+
+
+def _missed(call: Call) -> Tensor:
+    """(B, C) sums of (1 - m) g for the one-hot g of the label map: what FN lacks when g is not masked."""
+    mask = call.mask
+    assert mask is not None
+    # g alone is summed: the logits are a single zero, seen with their shape.
+    zero = call.logits.new_zeros(()).expand(call.logits.shape)
+    working = torch.promote_types(torch.promote_types(mask.dtype, zero.dtype), torch.float32)
+    rest = ~mask if mask.dtype == torch.bool else 1 - mask.detach().to(working)
+    spec = SumsSpec(dense=False, activation=Activation.NONE, rows=G)
+    namespace = dispatch.choose(call.logits).namespace
+    return total_sums(zero, call.target, rest, spec, namespace)[..., 0]

@@ -1,0 +1,301 @@
+"""Modules of the focal loss, alone and beside an overlap loss. Conventions: ``dicekernels.modules``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
+
+from .. import checks, functional
+from ..evaluate import record_line
+from ..functional.focal import Alpha
+from ..prepare import dense_labels
+from ..scripting import scriptable
+from .halves import TwoHalves, hooked
+from .overlap import DiceLoss, GeneralizedDiceLoss
+
+
+class FocalLoss(_Loss):
+    """``monai.losses.FocalLoss``; float32 for every dtype of the logits, as there.
+
+    state_dict: ``class_weight`` if a weight is given.
+
+    Raises:
+        ValueError: as MONAI, for options or data that do not fit together.
+    """
+
+    def __init__(
+        self,
+        include_background: bool = True,
+        to_onehot_y: bool = False,
+        gamma: float = 2.0,
+        alpha: Alpha = None,
+        weight: checks.Weight = None,
+        reduction: str = "mean",
+        use_softmax: bool = False,
+        ignore_index: int | None = None,
+    ) -> None:
+        super().__init__(reduction=checks.option("reduction", reduction, ("mean", "sum", "none")))
+        self.include_background = include_background
+        self.to_onehot_y = to_onehot_y
+        self.gamma = gamma
+        self.weight = weight
+        self.use_softmax = use_softmax
+        self.alpha: float | Tensor | None = None
+        if alpha is not None:
+            self.alpha = float(alpha) if isinstance(alpha, (float, int)) else torch.as_tensor(alpha)
+        self.register_buffer("class_weight", checks.as_weight(weight))
+        self.class_weight: Tensor | None  # not in the class: TorchScript would read it there
+        self.ignore_index = ignore_index
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in place of this module."""
+        return scriptable(self)
+
+    def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """``functional.focal_loss`` with the options of this module."""
+        return functional.focal_loss(
+            input,
+            target,
+            include_background=self.include_background,
+            to_onehot_y=self.to_onehot_y,
+            gamma=self.gamma,
+            alpha=self.alpha,
+            weight=self.class_weight,
+            reduction=self.reduction,
+            use_softmax=self.use_softmax,
+            ignore_index=self.ignore_index,
+            mask=mask,
+        )
+
+
+def _apart_reason(overlap: DiceLoss | GeneralizedDiceLoss, kind: type, focal: FocalLoss) -> str:
+    """Why the halves cannot share one pass, or ""."""
+    if type(overlap) is not kind or type(focal) is not FocalLoss:
+        return "a half is another module"
+    if hooked(overlap, focal):
+        return "a half has hooks"
+    if overlap.reduction != focal.reduction:
+        return "the reductions of the halves differ"
+    for name in ("include_background", "to_onehot_y", "ignore_index"):
+        if getattr(overlap, name) != getattr(focal, name):
+            return f"{name} of the halves differs"
+    if isinstance(overlap, DiceLoss) and overlap.log_loss:
+        return "the Dice half has an option of its own"
+    return ""
+
+
+class DiceFocalLoss(TwoHalves):
+    """``monai.losses.DiceFocalLoss`` from one pass over the logits.
+
+    The focal half is MONAI's, of sigmoids, whatever activation the Dice half has; ``use_softmax`` makes it
+    that of a softmax (MONAI#8242). The options live in ``dice`` and ``focal``, state_dict keys follow.
+    Halves that were replaced, hooked or reconfigured apart run one after the other; ``explain`` says so.
+    ``lambda_dice`` and ``lambda_focal`` may change every step, as in ``DiceCELoss``. Extras:
+    ``use_softmax``, ``soft_label``, ``ignore_index``.
+
+    Raises:
+        TypeError, ValueError: as MONAI, for options that do not fit together.
+    """
+
+    FACTORS: ClassVar[dict[str, str]] = {"lambda_dice": "_lambda_dice", "lambda_focal": "_lambda_focal"}
+    lambda_dice: float | Tensor
+    lambda_focal: float | Tensor
+
+    def __init__(
+        self,
+        include_background: bool = True,
+        to_onehot_y: bool = False,
+        sigmoid: bool = False,
+        softmax: bool = False,
+        other_act: Callable[[Tensor], Tensor] | None = None,
+        squared_pred: bool = False,
+        jaccard: bool = False,
+        reduction: str = "mean",
+        smooth_nr: float = 1e-5,
+        smooth_dr: float = 1e-5,
+        batch: bool = False,
+        gamma: float = 2.0,
+        weight: checks.Weight = None,
+        lambda_dice: float | Tensor = 1.0,
+        lambda_focal: float | Tensor = 1.0,
+        alpha: Alpha = None,
+        *,
+        use_softmax: bool = False,
+        soft_label: bool = False,
+        ignore_index: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.dice = DiceLoss(
+            include_background=include_background,
+            sigmoid=sigmoid,
+            softmax=softmax,
+            other_act=other_act,
+            squared_pred=squared_pred,
+            jaccard=jaccard,
+            reduction=reduction,
+            smooth_nr=smooth_nr,
+            smooth_dr=smooth_dr,
+            batch=batch,
+            weight=weight,
+            soft_label=soft_label,
+            ignore_index=ignore_index,
+        )
+        self.focal = FocalLoss(
+            include_background=include_background,
+            gamma=gamma,
+            alpha=alpha,
+            weight=weight,
+            reduction=reduction,
+            use_softmax=use_softmax,
+            ignore_index=ignore_index,
+        )
+        self.lambda_dice = lambda_dice
+        self.lambda_focal = lambda_focal
+        self.to_onehot_y = to_onehot_y
+
+    def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """``functional.dice_focal_loss`` with the options of this module."""
+        dice, focal = self.dice, self.focal
+        reason = _apart_reason(dice, DiceLoss, focal)
+        if not reason and dice.to_onehot_y:
+            reason = "a half has an option of its own"
+        if reason:
+            checks.tensors(input, target, mask)
+            checks.dice_ce_shapes(input, target)
+            record_line(f"two passes: {reason}")
+            if self.to_onehot_y:
+                target = dense_labels(target, input)
+            more = {} if mask is None else {"mask": mask}
+            total: Tensor = self.lambda_dice * dice(input, target, **more)
+            total = total + self.lambda_focal * focal(input, target, **more)
+            return total
+        return functional.dice_focal_loss(
+            input,
+            target,
+            include_background=dice.include_background,
+            to_onehot_y=self.to_onehot_y,
+            sigmoid=dice.sigmoid,
+            softmax=dice.softmax,
+            other_act=dice.other_act,
+            squared_pred=dice.squared_pred,
+            jaccard=dice.jaccard,
+            reduction=dice.reduction,
+            smooth_nr=dice.smooth_nr,
+            smooth_dr=dice.smooth_dr,
+            batch=dice.batch,
+            gamma=focal.gamma,
+            weight=focal.class_weight,
+            dice_weight=dice.class_weight,
+            lambda_dice=self.factor("lambda_dice"),
+            lambda_focal=self.factor("lambda_focal"),
+            alpha=focal.alpha,
+            use_softmax=focal.use_softmax,
+            soft_label=dice.soft_label,
+            ignore_index=dice.ignore_index,
+            mask=mask,
+        )
+
+
+class GeneralizedDiceFocalLoss(TwoHalves):
+    """``monai.losses.GeneralizedDiceFocalLoss`` from one pass over the logits.
+
+    As ``DiceFocalLoss``, with the halves ``generalized_dice`` and ``focal``; ``weight`` is that of the focal
+    half alone. Extras: ``alpha``, ``use_softmax``, ``soft_label``, ``ignore_index``.
+
+    Raises:
+        TypeError, ValueError: as MONAI, for options that do not fit together.
+    """
+
+    FACTORS: ClassVar[dict[str, str]] = {"lambda_gdl": "_lambda_gdl", "lambda_focal": "_lambda_focal"}
+    lambda_gdl: float | Tensor
+    lambda_focal: float | Tensor
+
+    def __init__(
+        self,
+        include_background: bool = True,
+        to_onehot_y: bool = False,
+        sigmoid: bool = False,
+        softmax: bool = False,
+        other_act: Callable[[Tensor], Tensor] | None = None,
+        w_type: str = "square",
+        reduction: str = "mean",
+        smooth_nr: float = 1e-5,
+        smooth_dr: float = 1e-5,
+        batch: bool = False,
+        gamma: float = 2.0,
+        weight: checks.Weight = None,
+        lambda_gdl: float | Tensor = 1.0,
+        lambda_focal: float | Tensor = 1.0,
+        *,
+        alpha: Alpha = None,
+        use_softmax: bool = False,
+        soft_label: bool = False,
+        ignore_index: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.generalized_dice = GeneralizedDiceLoss(
+            include_background=include_background,
+            to_onehot_y=to_onehot_y,
+            sigmoid=sigmoid,
+            softmax=softmax,
+            other_act=other_act,
+            w_type=w_type,
+            reduction=reduction,
+            smooth_nr=smooth_nr,
+            smooth_dr=smooth_dr,
+            batch=batch,
+            soft_label=soft_label,
+            ignore_index=ignore_index,
+        )
+        self.focal = FocalLoss(
+            include_background=include_background,
+            to_onehot_y=to_onehot_y,
+            gamma=gamma,
+            alpha=alpha,
+            weight=weight,
+            reduction=reduction,
+            use_softmax=use_softmax,
+            ignore_index=ignore_index,
+        )
+        self.lambda_gdl = lambda_gdl
+        self.lambda_focal = lambda_focal
+
+    def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """``functional.generalized_dice_focal_loss`` with the options of this module."""
+        gdl, focal = self.generalized_dice, self.focal
+        reason = _apart_reason(gdl, GeneralizedDiceLoss, focal)
+        if reason:
+            checks.tensors(input, target, mask)
+            checks.dice_ce_shapes(input, target)
+            record_line(f"two passes: {reason}")
+            more = {} if mask is None else {"mask": mask}
+            total: Tensor = self.lambda_gdl * gdl(input, target, **more)
+            total = total + self.lambda_focal * focal(input, target, **more)
+            return total
+        return functional.generalized_dice_focal_loss(
+            input,
+            target,
+            include_background=gdl.include_background,
+            to_onehot_y=gdl.to_onehot_y,
+            sigmoid=gdl.sigmoid,
+            softmax=gdl.softmax,
+            other_act=gdl.other_act,
+            w_type=gdl.w_type,
+            reduction=gdl.reduction,
+            smooth_nr=gdl.smooth_nr,
+            smooth_dr=gdl.smooth_dr,
+            batch=gdl.batch,
+            gamma=focal.gamma,
+            weight=focal.class_weight,
+            lambda_gdl=self.factor("lambda_gdl"),
+            lambda_focal=self.factor("lambda_focal"),
+            alpha=focal.alpha,
+            use_softmax=focal.use_softmax,
+            soft_label=gdl.soft_label,
+            ignore_index=gdl.ignore_index,
+            mask=mask,
+        )

@@ -1,0 +1,80 @@
+"""Module of the masked Dice loss. Conventions: ``dicekernels.modules``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .. import checks, functional
+from .overlap import DiceLoss
+
+
+class MaskedDiceLoss(DiceLoss):
+    """``monai.losses.MaskedDiceLoss``: ``forward(input, target, mask)`` multiplies both by the mask.
+
+    As in MONAI the activation comes before the mask and lives in ``pre_sigmoid``, ``pre_softmax`` and
+    ``pre_other_act``, and a label map is masked before it becomes one-hot: masked voxels are background.
+    ``DiceLoss()(input, target, mask=mask)`` leaves them out instead.
+
+    Raises:
+        TypeError, ValueError: as MONAI, for options that do not fit together.
+    """
+
+    def __init__(
+        self,
+        include_background: bool = True,
+        to_onehot_y: bool = False,
+        sigmoid: bool = False,
+        softmax: bool = False,
+        other_act: Callable[[Tensor], Tensor] | None = None,
+        squared_pred: bool = False,
+        jaccard: bool = False,
+        reduction: str = "mean",
+        smooth_nr: float = 1e-5,
+        smooth_dr: float = 1e-5,
+        batch: bool = False,
+        weight: checks.Weight = None,
+        soft_label: bool = False,
+    ) -> None:
+        checks.activation_options(sigmoid, softmax, other_act)
+        super().__init__(
+            include_background=include_background,
+            to_onehot_y=to_onehot_y,
+            squared_pred=squared_pred,
+            jaccard=jaccard,
+            reduction=reduction,
+            smooth_nr=smooth_nr,
+            smooth_dr=smooth_dr,
+            batch=batch,
+            weight=weight,
+            soft_label=soft_label,
+        )
+        self.pre_sigmoid = sigmoid
+        self.pre_softmax = softmax
+        self.pre_other_act = other_act
+
+    def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``functional.masked_dice_loss`` with the options of this module.
+
+        Args:
+            mask: (B, 1, *S) or (1, 1, *S); None masks nothing, with a warning.
+        """
+        return functional.masked_dice_loss(
+            input,
+            target,
+            mask,
+            include_background=self.include_background,
+            to_onehot_y=self.to_onehot_y,
+            sigmoid=self.pre_sigmoid,
+            softmax=self.pre_softmax,
+            other_act=self.pre_other_act,
+            squared_pred=self.squared_pred,
+            jaccard=self.jaccard,
+            reduction=self.reduction,
+            smooth_nr=self.smooth_nr,
+            smooth_dr=self.smooth_dr,
+            batch=self.batch,
+            weight=self.class_weight,
+            soft_label=self.soft_label,
+        )

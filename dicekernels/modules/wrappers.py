@@ -1,0 +1,233 @@
+"""Wrappers of other losses: several resolutions of one output, and a mask on the loss's arguments.
+
+Conventions: ``dicekernels.modules``. The wrapped loss may be any callable, of this package or not.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
+
+from ..prepare import kernel_dtype, like_input, plain
+from ..scripting import scriptable
+from .compound import DiceCELoss
+from .focal import DiceFocalLoss, FocalLoss, GeneralizedDiceFocalLoss
+from .overlap import DiceLoss, GeneralizedDiceLoss, MCCLoss, TverskyLoss
+
+# Losses whose kernels read half precision and add up in float32.
+READS_HALF: tuple[type[nn.Module], ...] = (
+    DiceLoss,
+    GeneralizedDiceLoss,
+    TverskyLoss,
+    MCCLoss,
+    FocalLoss,
+    DiceCELoss,
+    DiceFocalLoss,
+    GeneralizedDiceFocalLoss,
+)
+HALVES = (torch.float16, torch.bfloat16)
+# Modes of torch's interpolate that pick voxels and compute nothing.
+PICKS = ("nearest-exact", "nearest")
+
+
+class DeepSupervisionLoss(_Loss):
+    """``monai.losses.DeepSupervisionLoss``: sum over levels of weight times loss.
+
+    Level l is an output (B, C, *S_l); the target (B, 1 or C, *S), or labels (B, *S), is resized to S_l
+    by ``interp_mode``, an attribute. Labels of every integer dtype and bool are resized, by torch's own
+    choice of voxels. ``weights`` counts if it has a value for each level, else ``weight_mode`` decides:
+    "same" 1, "two" 1 and then 1/2, "exp" 1, 1/2, 1/4, 1/8 and then 1/16.
+
+    Outputs go to the loss in float32. Half precision outputs are not copied for that if the loss is one of
+    this package's whose kernels add up in float32. The result of a list is a float32 scalar.
+
+    state_dict: that of the loss, under ``loss.``.
+    """
+
+    weights: Sequence[float] | None
+
+    def __init__(
+        self,
+        loss: Callable[..., Tensor],
+        weight_mode: str = "exp",
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.loss = loss
+        self.weight_mode = weight_mode
+        self.weights = weights
+        self.interp_mode = "nearest-exact"
+
+    def get_weights(self, levels: int = 1) -> Sequence[float]:
+        """The factor of each level, finest first; at least one."""
+        levels = max(1, levels)
+        if self.weights is not None and len(self.weights) >= levels:
+            return self.weights[:levels]
+        if self.weight_mode == "exp":
+            return [max(0.5**level, 0.0625) for level in range(levels)]
+        return [1.0] + [0.5 if self.weight_mode == "two" else 1.0] * (levels - 1)
+
+    def get_loss(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """The loss of one level, target and mask resized to it; a subclass may override it."""
+        space = input.shape[2:]
+        if target.ndim == input.ndim - 1:
+            target = _resized(target[:, None], space, self.interp_mode)[:, 0]
+        else:
+            target = _resized(target, space, self.interp_mode)
+        if mask is None:
+            return self.loss(input, target)
+        return self.loss(input, target, mask=_resized(mask, space, "nearest-exact"))
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in place of this module."""
+        return scriptable(self)
+
+    def forward(
+        self, input: Tensor | Sequence[Tensor] | None, target: Tensor, *, mask: Tensor | None = None
+    ) -> Tensor:
+        """The weighted sum.
+
+        Args:
+            input: the outputs, finest first, or one output, which goes to the loss with the target as it is.
+            target: of any resolution.
+            mask: voxel weights (B, 1, *S) or (1, 1, *S), for a loss that has the keyword ``mask``. A coarse
+                level takes the weight of each voxel whose label it takes.
+
+        Raises:
+            ValueError: ``input`` is None.
+            TypeError: it is no tensor, list or tuple, or the loss takes no ``mask``.
+            RuntimeError: the loss of a level is not one number.
+        """
+        if input is None:
+            raise ValueError("input shouldn't be None. Pass the list of outputs, or one tensor.")
+        extra = {} if mask is None else {"mask": mask}
+        if isinstance(input, Tensor):
+            return self.loss(_for_loss(self.loss, input, target), target, **extra)
+        if not isinstance(input, (list, tuple)):
+            raise TypeError(f"input: got {type(input).__name__}, expected a list of tensors or one tensor")
+        total = torch.zeros((), device=target.device)
+        weights = self.get_weights(len(input))
+        for level, output in enumerate(input):
+            value = self.get_loss(_for_loss(self.loss, output, target), target, **extra)
+            if isinstance(value, Tensor) and value.ndim:
+                raise RuntimeError(
+                    f"loss: gave shape {tuple(value.shape)} on level {level}, expected one number; "
+                    "give the loss the reduction 'mean' or 'sum'"
+                )
+            total = total + weights[level] * value
+        return total.float()
+
+
+class MaskedLoss(_Loss):
+    """``monai.losses.MaskedLoss``: the loss of ``input * mask`` and ``target * mask``.
+
+    Args:
+        loss: a loss, or a class that is called with the arguments that follow.
+
+    A logit times 0 is 0 and not absent: its softmax or sigmoid counts. To leave voxels out, or to weigh
+    them, pass ``mask`` to a loss of this package itself, which also saves the two products.
+
+    state_dict: that of the loss, under ``loss.``.
+
+    Raises:
+        ValueError: the loss is not callable.
+    """
+
+    def __init__(self, loss: Callable[..., Any], *loss_args: Any, **loss_kwargs: Any) -> None:
+        super().__init__()
+        made: Any = loss(*loss_args, **loss_kwargs) if inspect.isclass(loss) else loss
+        self.loss: Callable[..., Tensor] = made
+        if not callable(self.loss):
+            raise ValueError(
+                f"The loss function is not callable. loss: got {type(self.loss).__name__}, "
+                "expected a function, a loss or its class."
+            )
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in place of this module."""
+        return scriptable(self)
+
+    def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The loss of the products; without a mask that of the arguments, with a warning.
+
+        Args:
+            mask: (B, 1, *S) or (1, 1, *S). Another number of dimensions or space is warned of and left to
+                broadcasting.
+
+        Raises:
+            ValueError: the batch of the mask is neither 1 nor B, or it has more than one channel.
+        """
+        if mask is None:
+            _warn("No mask value specified for the MaskedLoss.")
+            return self.loss(input, target)
+        if input.ndim != mask.ndim:
+            _warn(f"Dim of input ({input.shape}) is different from mask ({mask.shape}).")
+        if mask.shape[0] not in (1, input.shape[0]):
+            raise ValueError(
+                f"Batch size of mask ({mask.shape}) must be one or equal to input ({input.shape})."
+            )
+        if target.ndim > 1:
+            if mask.shape[1] != 1:
+                raise ValueError(
+                    f"Mask ({mask.shape}) must have only one channel. A map (B, *S) wants mask[:, None]."
+                )
+            if input.shape[2:] != mask.shape[2:]:
+                _warn(f"Spatial size of input ({input.shape}) is different from mask ({mask.shape}).")
+        return self.loss(input * mask, target * mask)
+
+
+def _warn(text: str) -> None:
+    if not torch.compiler.is_compiling():  # a warning cannot be part of a graph
+        warnings.warn(text, UserWarning, stacklevel=3)
+
+
+def _for_loss(loss: Callable[..., Tensor], output: Tensor, target: Tensor) -> Tensor:
+    """The output in float32, or as it is where the loss computes the same from it."""
+    if output.dtype in HALVES and _reads_half(loss, output) and _result_is_float32(output, target):
+        return output
+    return output.float()
+
+
+def _reads_half(loss: Callable[..., Tensor], output: Tensor) -> bool:
+    if type(loss) not in READS_HALF or output.ndim < 3:
+        return False
+    assert isinstance(loss, nn.Module)
+    if isinstance(loss, DiceCELoss):
+        if loss._apart_reason(output.shape[1] == 1):
+            return False
+    elif any(type(half) not in READS_HALF for half in loss.children()):
+        return False
+    # An activation or hooks of the user's see the output itself.
+    return not any(
+        getattr(module, "other_act", None) is not None or module._forward_pre_hooks or module._forward_hooks
+        for module in loss.modules()
+    )
+
+
+def _result_is_float32(output: Tensor, target: Tensor) -> bool:
+    """Whether the loss of half precision logits is not rounded to half precision."""
+    if target.ndim < output.ndim or target.shape[1] != output.shape[1]:
+        return True  # labels, which become float32
+    return torch.promote_types(output.dtype, target.dtype) not in HALVES
+
+
+def _resized(values: Tensor, space: torch.Size, mode: str) -> Tensor:
+    """(B, C, *S) in another space; what torch cannot resize is indexed with the voxels torch would take."""
+    if values.shape[2:] == space:
+        return values
+    torchs = values.is_floating_point() and values.ndim <= 5
+    if mode not in PICKS or torchs or len(space) != values.ndim - 2:
+        return F.interpolate(values, size=space, mode=mode)
+    picked: list[Any] = [slice(None), slice(None)]
+    for dim, (before, after) in enumerate(zip(values.shape[2:], space, strict=True)):
+        positions = torch.arange(before, dtype=torch.float32, device=values.device)
+        index = F.interpolate(positions[None, None], size=(after,), mode=mode)[0, 0].long()
+        picked.append(index.reshape(-1, *[1] * (len(space) - dim - 1)))
+    return like_input(kernel_dtype(plain(values))[tuple(picked)], values)
