@@ -1,12 +1,17 @@
 """Random problems that a MONAI loss takes (and some that it refuses), each made from one number.
 
+Here is what all of them share, and the losses of overlap and cross entropy; ``monai_problems_more``
+has the others.
+
 ``problem(seed)`` is the same problem on every run: constructor options, logits, target, cotangent.
 The logits and targets lie in memory as training code has them: slices, transposes, channels_last.
 """
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +35,7 @@ VALUE_DTYPES = [torch.float32] * 4 + [torch.float64, torch.float16, torch.bfloat
 COUNT_DTYPES = [torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool]
 CLASSES = [1, 1, 2, 2, 3, 3, 4, 5, 6, 8, 14, 17, 33, 40]
 VALUES = ["one-hot", "one-hot", "soft", "multi-hot", "empty"]
+ADD_CLASSES = ("GeneralizedDiceLoss", "GeneralizedDiceFocalLoss")
 LOSSES = ("DiceLoss", "GeneralizedDiceLoss", "TverskyLoss", "DiceCELoss")
 
 
@@ -51,6 +57,9 @@ class Problem:
         loss: name of the class, in monai.losses and in dicekernels.
         options: keywords of its constructor.
         flaw: what MONAI is expected to refuse, or "".
+        mask: third argument of the losses that have one.
+        levels: further, coarser outputs; None if the loss takes one tensor.
+        inner: class and options of the loss that a wrapper wraps.
     """
 
     seed: int
@@ -60,16 +69,51 @@ class Problem:
     target: Tensor
     flaw: str
     note: str
+    mask: Tensor | None = None
+    levels: list[Tensor] | None = None
+    inner: tuple[str, dict[str, Any]] | None = None
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The options of the loss that sees the target: those of a wrapper are the inner loss's."""
+        return self.options if self.inner is None else self.inner[1]
+
+    @property
+    def own_loss(self) -> str:
+        return self.loss if self.inner is None else self.inner[0]
+
+    @property
+    def labels(self) -> bool:
+        """Whether the target is a label map, whose type is no matter of precision."""
+        if self.loss == "GeneralizedWassersteinDiceLoss":
+            return True
+        return self.target.shape[1:2] != self.logits.shape[1:2] and bool(self.own["to_onehot_y"])
+
+    @property
+    def masked(self) -> bool:
+        return self.loss in ("MaskedDiceLoss", "MaskedLoss")
 
     def __str__(self) -> str:
-        options = {
-            name: f"tensor({value.tolist()}, {value.dtype})" if isinstance(value, Tensor) else value
-            for name, value in self.options.items()
-        }
         data = f"logits {tuple(self.logits.shape)} {self.logits.dtype}, "
         data += f"target {tuple(self.target.shape)} {self.target.dtype}"
+        if self.masked:
+            data += f", mask {self.mask if self.mask is None else (tuple(self.mask.shape), self.mask.dtype)}"
+        if self.levels is not None:
+            data += f", levels {[tuple(level.shape[2:]) for level in self.levels]}"
+        inner = f"{self.inner[0]}({_told(self.inner[1])}), " if self.inner else ""
         flaw = f" flaw: {self.flaw}" if self.flaw else ""
-        return f"seed {self.seed}: {self.loss}({options})({data}) [{self.note}]{flaw}"
+        return f"seed {self.seed}: {self.loss}({inner}{_told(self.options)})({data}) [{self.note}]{flaw}"
+
+
+def _told(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with their tensors and arrays in short."""
+    told = {}
+    for name, value in options.items():
+        told[name] = value
+        if hasattr(value, "dtype"):
+            what = value.tolist() if math.prod(value.shape) < 20 else tuple(value.shape)
+            told[name] = f"{type(value).__name__}({what}, {value.dtype})"
+    return told
 
 
 def problem(seed: int) -> Problem:
@@ -78,9 +122,27 @@ def problem(seed: int) -> Problem:
     generator = torch.Generator().manual_seed(seed)
     loss = rng.choice(LOSSES)
     samples, classes = rng.choice([1, 2, 2, 3]), rng.choice([*CLASSES, rng.randint(1, 40)])
-    space = _space(rng, classes)
-    options = _activation(rng, loss)
-    logits = _logits(rng, generator, (samples, classes, *space), options)
+    space = draw_space(rng, classes)
+    options, logits, target = draw_call(rng, generator, loss, (samples, classes, *space), own_options)
+    logits, how = laid_out(rng, logits)
+    target, how_target = laid_out(rng, target)
+    made = Problem(seed, loss, options, logits, target, "", f"logits {how}, target {how_target}")
+    if rng.random() < 0.06:
+        _spoil(rng, made)
+    return made
+
+
+def draw_call(
+    rng: random.Random,
+    generator: torch.Generator,
+    loss: str,
+    shape: tuple[int, ...],
+    own: Callable[..., dict[str, Any]],
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Options, logits and target; ``own`` draws the options that only this loss has."""
+    samples, classes, *space = shape
+    options = draw_activation(rng, loss)
+    logits = draw_logits(rng, generator, shape, options)
     options |= {
         "include_background": rng.random() < 0.6,
         "to_onehot_y": rng.random() < 0.5,
@@ -94,23 +156,17 @@ def problem(seed: int) -> Problem:
         # the slope at the activation's result is held in half precision: nr / dr^2 overflows it
         options["smooth_dr"] = max(options["smooth_dr"], 1e-3)
     if options["to_onehot_y"] and classes > 1:
-        target = _labels(rng, generator, samples, classes, space)
+        target = draw_labels(rng, generator, samples, classes, space)
     else:
         # with softmax, sum_c p = 1: where classes are added up, equal targets have no gradient but rounding
-        flat = (loss == "GeneralizedDiceLoss" or not space) and "softmax" in options
-        target = _values(rng, generator, (samples, classes, *space), ["one-hot", "soft"] if flat else VALUES)
+        flat = (loss in ADD_CLASSES or not space) and "softmax" in options
+        target = draw_values(rng, generator, shape, ["one-hot", "soft"] if flat else VALUES)
     if loss in ("DiceLoss", "TverskyLoss") and rng.random() < 0.4:
-        target = _ignore(rng, generator, target, classes, options)
-    options |= _own_options(rng, generator, loss, logits, options)
-    logits, how = _laid_out(rng, logits)
-    target, how_target = _laid_out(rng, target)
-    made = Problem(seed, loss, options, logits, target, "", f"logits {how}, target {how_target}")
-    if rng.random() < 0.06:
-        _spoil(rng, made)
-    return made
+        target = draw_ignored(rng, generator, target, classes, options)
+    return options | own(rng, generator, loss, logits, options), logits, target
 
 
-def _space(rng: random.Random, classes: int) -> tuple[int, ...]:
+def draw_space(rng: random.Random, classes: int) -> tuple[int, ...]:
     kind = rng.random()
     if kind < 0.05:
         return ()
@@ -123,7 +179,7 @@ def _space(rng: random.Random, classes: int) -> tuple[int, ...]:
     return tuple(rng.choice([1, 2, 3, 4, 5, 7, 8]) for _ in range(dims))
 
 
-def _activation(rng: random.Random, loss: str) -> dict[str, Any]:
+def draw_activation(rng: random.Random, loss: str) -> dict[str, Any]:
     kind = rng.choice(["none", "sigmoid", "softmax", "softmax", "softmax", "other", "other"])
     if kind == "other":
         # FN of negative p is positive: the denominators of the others may come near 0
@@ -131,7 +187,7 @@ def _activation(rng: random.Random, loss: str) -> dict[str, Any]:
     return {} if kind == "none" else {kind: True}
 
 
-def _logits(
+def draw_logits(
     rng: random.Random, generator: torch.Generator, shape: tuple[int, ...], options: dict[str, Any]
 ) -> Tensor:
     scale = rng.choice([0.1, 1.0, 1.0, 4.0])
@@ -151,8 +207,8 @@ def _logits(
     return logits.to(rng.choice(dtypes))
 
 
-def _labels(
-    rng: random.Random, generator: torch.Generator, samples: int, classes: int, space: tuple[int, ...]
+def draw_labels(
+    rng: random.Random, generator: torch.Generator, samples: int, classes: int, space: Sequence[int]
 ) -> Tensor:
     """Label map (B, 1, *S) in which some classes may be absent."""
     present = torch.randperm(classes, generator=generator)[: rng.choice([classes, classes, 1, 2, 3])]
@@ -161,7 +217,7 @@ def _labels(
     return labels + 0.5 if labels.is_floating_point() and rng.random() < 0.3 else labels
 
 
-def _values(
+def draw_values(
     rng: random.Random, generator: torch.Generator, shape: tuple[int, ...], kinds: list[str]
 ) -> Tensor:
     """Dense target (B, C, *S)."""
@@ -180,7 +236,7 @@ def _values(
     return values.to(rng.choice([*VALUE_DTYPES, *COUNT_DTYPES]))
 
 
-def _ignore(
+def draw_ignored(
     rng: random.Random, generator: torch.Generator, target: Tensor, classes: int, options: dict[str, Any]
 ) -> Tensor:
     """Sets ``ignore_index`` and the voxels that it means: of a class, or of a value outside them."""
@@ -196,7 +252,7 @@ def _ignore(
     return target.masked_fill(gone, index if by_value else 0)
 
 
-def _own_options(
+def own_options(
     rng: random.Random,
     generator: torch.Generator,
     loss: str,
@@ -212,7 +268,7 @@ def _own_options(
     overlap = {"squared_pred": rng.random() < 0.3, "jaccard": rng.random() < 0.3 and steady}
     if loss == "DiceLoss":
         left = classes - (classes > 1 and not options["include_background"])
-        weight = _dice_weight(rng, generator, left)
+        weight = draw_weight(rng, generator, left)
         return overlap | {"weight": weight, "soft_label": rng.random() < 0.3 and soft}
     if loss == "GeneralizedDiceLoss":
         w_type = rng.choice(["square", "simple", "uniform"])
@@ -236,14 +292,14 @@ def _own_options(
     }
 
 
-def _dice_weight(rng: random.Random, generator: torch.Generator, left: int) -> Any:
+def draw_weight(rng: random.Random, generator: torch.Generator, left: int) -> Any:
     numbers = torch.rand(left, dtype=torch.float64, generator=generator) + 0.1
     if rng.random() < 0.3:
         numbers[0] = 0
     return rng.choice([None, None, 0.7, 2, numbers.tolist(), numbers, numbers.float(), torch.tensor(0.3)])
 
 
-def _laid_out(rng: random.Random, x: Tensor) -> tuple[Tensor, str]:
+def laid_out(rng: random.Random, x: Tensor) -> tuple[Tensor, str]:
     """The values of x in another place: with junk around them, or with other strides."""
     kind = rng.choice(["contiguous"] * 4 + ["crop", "step", "transposed", "channels last", "expanded"])
     junk = float("nan") if x.is_floating_point() else 1 if x.dtype == torch.bool else 77
