@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LOSSES = ("dice", "dice_ce", "gdl", "tversky")
+LOSSES = ("dice", "dice_ce", "gdl", "tversky", "dice_focal", "gdl_focal")
 LAYOUTS = ("contiguous", "channels_last")
 
 
@@ -98,6 +98,8 @@ _FEW, _SOME, _MANY = (2, 4, 96, 96, 96), (2, 14, 96, 96, 96), (1, 117, 64, 64, 6
 
 _CPU = (
     *(Case(loss, shape) for loss in ("dice_ce", "gdl", "tversky") for shape in (_FEW, _SOME, _MANY)),
+    *(Case("dice_focal", shape) for shape in (_FEW, _SOME, _MANY)),
+    Case("gdl_focal", _FEW),
     Case("dice", _FEW),
     Case("dice_ce", _FEW, label_dtype="int64"),
     Case("dice_ce", _FEW, layout="channels_last"),
@@ -107,11 +109,12 @@ _CPU = (
 _GPU = (
     *(
         Case(loss, (2, classes, 128, 128, 128), dtype)
-        for loss in ("dice_ce", "gdl", "tversky")
+        for loss in ("dice_ce", "gdl", "tversky", "dice_focal")
         for classes in (4, 14)
         for dtype in ("float32", "bfloat16")
     ),
     *(Case("dice_ce", (1, 117, 128, 128, 128), dtype) for dtype in ("float32", "bfloat16")),
+    Case("gdl_focal", (2, 4, 128, 128, 128)),
     Case("dice", (2, 4, 128, 128, 128)),
     Case("dice_ce", (2, 14, 128, 128, 128), "float16"),
     Case("dice_ce", (2, 4, 128, 128, 128), label_dtype="int64"),

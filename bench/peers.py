@@ -26,6 +26,8 @@ CLASSES = {
     "dice_ce": "DiceCELoss",
     "gdl": "GeneralizedDiceLoss",
     "tversky": "TverskyLoss",
+    "dice_focal": "DiceFocalLoss",
+    "gdl_focal": "GeneralizedDiceFocalLoss",
 }
 OPTIONS = {"to_onehot_y": True, "softmax": True}
 TRUTHS: dict[str, Callable[..., Tensor]] = {
@@ -33,6 +35,8 @@ TRUTHS: dict[str, Callable[..., Tensor]] = {
     "dice_ce": reference.dice_ce_loss,
     "gdl": reference.generalized_dice_loss,
     "tversky": reference.tversky_loss,
+    "dice_focal": reference.dice_focal_loss,
+    "gdl_focal": reference.generalized_dice_focal_loss,
 }
 # MONAI's smooth_nr and smooth_dr.
 SMOOTH = 1e-5
@@ -129,11 +133,13 @@ def value_and_gradient(loss: Loss, logits: Tensor, labels: Tensor) -> tuple[Tens
 # The best that a user can write in PyTorch for torch.compile. The maths is that of the fused
 # kernels: sums I = sum p g, P = sum p, G = sum g per (sample, class), a formula over them, and
 # dloss/dlogit_c = p_c (q_c - sum_k p_k q_k) [+ CE's (p_c - g_c) / voxels], q_c = a_I g_c + a_P.
+# The focal loss of MONAI's defaults is that of sigmoids with gamma = 2, whatever p is: s = logit where
+# g = 1, -logit elsewhere, loss (1 - sigmoid(s))^2 softplus(-s), mean over voxels and classes.
 
 
 def formula(case: Case, I: Tensor, P: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(overlap loss, dloss/dI, dloss/dP) of ``(B, C)`` sums."""
-    if case.loss == "gdl":
+    if case.loss in ("gdl", "gdl_focal"):
         w = 1 / (G * G)
         absent = torch.isinf(w)
         w = torch.where(absent, 0, w)
@@ -163,6 +169,8 @@ def closed_form_autograd(case: Case) -> Loss:
         value, _, _ = formula(case, I, P, hot.sum(space).to(p.dtype))
         if case.loss == "dice_ce":
             value = value - torch.where(hot, log_p, 0).sum() / labels.numel()
+        if _with_focal(case):
+            value = value + focal(logits.float() if _half(case) else logits, hot)[0].mean()
         return value
 
     compiled: Loss = torch.compile(loss, dynamic=False)
@@ -194,7 +202,7 @@ def closed_form(case: Case, pair: Pair) -> Loss:
 
 def one_hot_pair(case: Case) -> Pair:
     """Whole-tensor operations; the log-sum-exp of each voxel is saved for backward."""
-    with_ce = case.loss == "dice_ce"
+    with_ce, with_focal = case.loss == "dice_ce", _with_focal(case)
 
     def forward_pass(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         z = logits.float() if _half(case) else logits
@@ -207,6 +215,8 @@ def one_hot_pair(case: Case) -> Pair:
         value, d_I, d_P = formula(case, I, P, hot.sum(space).to(p.dtype))
         if with_ce:
             value = value - torch.where(hot, log_p, 0).sum() / labels.numel()
+        if with_focal:
+            value = value + focal(z, hot)[0].mean()
         return value, lse, d_I, d_P
 
     def backward_pass(
@@ -220,6 +230,8 @@ def one_hot_pair(case: Case) -> Pair:
         d_logits = p * (q - (p * q).sum(1, keepdim=True))
         if with_ce:
             d_logits = d_logits + (p - hot.to(p.dtype)) / labels.numel()
+        if with_focal:
+            d_logits = d_logits + focal(z, hot)[1] / z.numel()
         return (grad * d_logits).to(logits.dtype)
 
     return forward_pass, backward_pass
@@ -231,7 +243,7 @@ def unrolled_pair(case: Case) -> Pair:
     Nothing but ``(B, C)`` coefficients is saved. The code, and the time to compile it, grow with
     the number of classes.
     """
-    with_ce = case.loss == "dice_ce"
+    with_ce, with_focal = case.loss == "dice_ce", _with_focal(case)
 
     def classes(logits: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
         """e_c = exp(z_c - max), 1 / sum e, log-sum-exp, labels; all ``(B, V)``."""
@@ -258,6 +270,9 @@ def unrolled_pair(case: Case) -> Pair:
             for c, z_c in enumerate(z):
                 surprise = torch.where(y == c, lse - z_c, surprise)
             value = value + surprise.sum() / labels.numel()
+        if with_focal:
+            terms = [focal(z_c, y == c)[0].sum() for c, z_c in enumerate(z)]
+            value = value + torch.stack(terms).sum() / logits.numel()
         return value, d_I, d_P
 
     def backward_pass(grad: Tensor, logits: Tensor, labels: Tensor, d_I: Tensor, d_P: Tensor) -> Tensor:
@@ -267,11 +282,14 @@ def unrolled_pair(case: Case) -> Pair:
         mean = p[0] * q[0]
         for p_c, q_c in zip(p[1:], q[1:], strict=True):
             mean = mean + p_c * q_c
+        z = (logits.float() if _half(case) else logits).flatten(2).unbind(1)
         d_classes = []
         for c, (p_c, q_c) in enumerate(zip(p, q, strict=True)):
             d_c = p_c * (q_c - mean)
             if with_ce:
                 d_c = d_c + (p_c - torch.where(y == c, 1.0, 0.0)) / labels.numel()
+            if with_focal:
+                d_c = d_c + focal(z[c], y == c)[1] / logits.numel()
             d_classes.append((grad * d_c).to(logits.dtype))
         if case.layout == "channels_last":
             batch, channels, *space = logits.shape
@@ -279,6 +297,18 @@ def unrolled_pair(case: Case) -> Pair:
         return torch.stack(d_classes, 1).view(logits.shape)
 
     return forward_pass, backward_pass
+
+
+def focal(z: Tensor, hot: Tensor) -> tuple[Tensor, Tensor]:
+    """The sigmoid focal loss of every element, and its derivative in the logit."""
+    s = torch.where(hot, z, -z)
+    wrong, surprise = torch.sigmoid(-s), -torch.nn.functional.logsigmoid(s)
+    slope = wrong * wrong * (2 * (1 - wrong) * surprise + wrong)
+    return wrong * wrong * surprise, torch.where(hot, -slope, slope)
+
+
+def _with_focal(case: Case) -> bool:
+    return case.loss in ("dice_focal", "gdl_focal")
 
 
 def _one_hot(logits: Tensor, labels: Tensor) -> Tensor:
