@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Weight = float | Sequence[float] | Tensor | None
@@ -87,6 +87,12 @@ def mask_shape(mask: Tensor | None, logits: Tensor) -> None:
             f"mask: got shape {tuple(mask.shape)}, expected {expected}: one weight a voxel, shared by the "
             "classes; a map (B, *S) wants mask[:, None], factors of classes go into `weight`"
         )
+
+
+def hooked(*modules: nn.Module) -> bool:
+    """Whether calling a module would run somebody's hooks."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for module in modules for kind in kinds)
 
 
 def non_negative(name: str, value: float) -> None:

@@ -15,6 +15,7 @@ from .spec import (
     LS,
     NEG,
     POS,
+    TN,
     Denominator,
     FinishSpec,
     Formula,
@@ -97,19 +98,15 @@ def finish_generalized(row: dict[int, Tensor], spec: FinishSpec) -> Tensor:
 
 def finish_mcc(row: dict[int, Tensor], spec: FinishSpec) -> Tensor:
     """1 - Matthews' correlation coefficient (groups, classes); 0 where nothing is wrong."""
-    perfect, top, square, _ = _mcc(row, spec)
+    perfect, top, square = _mcc(row, spec)
     return torch.where(perfect, 0.0, 1 - top / torch.where(perfect, 1.0, square).sqrt())
 
 
-def _mcc(row: dict[int, Tensor], spec: FinishSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Whether fp = fn = 0, the numerator of the coefficient, the square of its denominator, and tn.
-
-    tn = (N - G) - FP: no row of its own, and N - G is exact for label maps.
-    """
-    tp, fp, fn = row[I], row[FP], row[FN]
-    tn = (row[N] - row[G]) - fp
+def _mcc(row: dict[int, Tensor], spec: FinishSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether fp = fn = 0, the numerator of the coefficient and the square of its denominator."""
+    tp, fp, fn, tn = (row[bit] for bit in (I, FP, FN, TN))
     square = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn) + spec.smooth_dr
-    return (fp == 0) & (fn == 0), tp * tn - fp * fn + spec.smooth_nr, square, tn
+    return (fp == 0) & (fn == 0), tp * tn - fp * fn + spec.smooth_nr, square
 
 
 def _ratio(hits: Tensor, errors: Tensor, spec: FinishSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,20 +227,20 @@ def slopes_generalized(row: dict[int, Tensor], spec: FinishSpec) -> dict[int, Te
 
 
 def slopes_mcc(row: dict[int, Tensor], spec: FinishSpec) -> dict[int, Tensor]:
-    """Slopes of :func:`finish_mcc` in I, FP and FN; of tn = N - G - FP only FP moves."""
-    perfect, top, square, tn = _mcc(row, spec)
-    tp, fp, fn = row[I], row[FP], row[FN]
+    """Slopes of :func:`finish_mcc` in I, FP, FN and TN."""
+    perfect, top, square = _mcc(row, spec)
+    tp, fp, fn, tn = (row[bit] for bit in (I, FP, FN, TN))
     square = torch.where(perfect, 1.0, square)
     root, half = square.sqrt(), top / (2 * square)
 
     def slope(of_top: Tensor, of_square: Tensor) -> Tensor:
         return torch.where(perfect, 0.0, (half * of_square - of_top) / root)
 
-    by_tn = slope(tp, (tp + fp) * (tp + fn) * (2 * tn + fp + fn))
     return {
         I: slope(tn, (tn + fp) * (tn + fn) * (2 * tp + fp + fn)),
-        FP: slope(-fn, (tp + fn) * (tn + fn) * (2 * fp + tp + tn)) - by_tn,
+        FP: slope(-fn, (tp + fn) * (tn + fn) * (2 * fp + tp + tn)),
         FN: slope(-fp, (tp + fp) * (tn + fp) * (2 * fn + tp + tn)),
+        TN: slope(tp, (tp + fp) * (tp + fn) * (2 * tn + fp + fn)),
     }
 
 
@@ -260,7 +257,7 @@ _SLOPES = {
 
 
 def _rows(totals: Tensor, rows: int) -> dict[int, Tensor]:
-    bits = (I, FP, FN, G, POS, NEG, LS, N, BAD)
+    bits = (I, FP, FN, G, POS, NEG, LS, N, BAD, TN)
     return {bit: totals[..., row_index(rows, bit)] for bit in bits if rows & bit}
 
 
@@ -268,7 +265,7 @@ def _overlap_rows(row: dict[int, Tensor], spec: FinishSpec) -> dict[int, Tensor]
     """(groups, K): added up over the batch if asked for, without the skipped classes."""
     return {
         bit: (row[bit].sum(0, keepdim=True) if spec.batch else row[bit])[:, spec.skipped :]
-        for bit in (I, FP, FN, G, N)
+        for bit in (I, FP, FN, G, TN)
         if bit in row
     }
 

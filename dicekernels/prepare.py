@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .spec import Activation
+from .backends import eager
+from .spec import BAD, Activation, SumsSpec
 
 OtherAct = Callable[[Tensor], Tensor] | None
 
@@ -67,26 +68,32 @@ def kernel_dtype(tensor: Tensor) -> Tensor:
     return tensor.to(wider[tensor.dtype]) if tensor.dtype in wider else tensor
 
 
-def dense_labels(target: Tensor, logits: Tensor) -> Tensor:
+def dense_labels(target: Tensor, logits: Tensor, ignore_index: int | None) -> Tensor:
     """Labels (B, 1, *S) or (B, *S) as float32 one-hot of the logits' channels; that of one channel stays.
 
-    What MONAI's losses of two halves hand to both.
+    What MONAI's losses of two halves hand to both. Voxels of an ``ignore_index`` outside the classes have no
+    class, which the losses read as ignored.
 
     Raises:
-        AssertionError: more than one channel of labels.
-        RuntimeError: a label outside [0, C).
+        AssertionError: the labels do not fit the logits.
+        LabelRangeError: a label outside [0, C) on the CPU; elsewhere it is NaN in every class.
     """
     classes = logits.shape[1]
     if classes == 1:
         warn_single_channel("to_onehot_y=True")
         return target
-    labels = plain(target).long()
-    labels = labels if labels.shape == (logits.shape[0], *logits.shape[2:]) else labels.squeeze(1)
-    if labels.ndim != logits.ndim - 1:
-        raise AssertionError(
-            f"labels should have a channel with length equal to one. target: got {tuple(target.shape)}"
-        )
-    return torch.zeros_like(plain(logits), dtype=torch.float32).scatter_(1, labels[:, None], 1.0)
+    labels, logits = kernel_dtype(plain(target)), plain(logits)
+    _check_target(logits, labels, False, AssertionError)
+    spec = SumsSpec(
+        dense=False, activation=Activation.NONE, rows=BAD, ignore_index=checks.index(ignore_index)
+    )
+    labels = labels.reshape(logits.shape[0], 1, *logits.shape[2:])
+    ignored = eager.ignored_labels(labels, spec)
+    bad = ((labels.long() < 0) | (labels.long() >= classes)) & ~ignored
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        eager.check_labels(bad.flatten(1).sum(1, keepdim=True), labels, None, classes, spec)
+    channels = torch.arange(classes, device=labels.device).view(-1, *[1] * (labels.ndim - 2))
+    return (labels.long() == channels).float().masked_fill(bad, float("nan"))
 
 
 def warn_single_channel(option: str) -> None:

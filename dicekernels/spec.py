@@ -80,8 +80,8 @@ class Denominator(IntEnum):
     SAMPLES = 4
 
 
-ROWS = ("I", "FP", "FN", "G", "POS", "NEG", "LS", "N", "BAD")
-I, FP, FN, G, POS, NEG, LS, N, BAD = (1 << index for index in range(len(ROWS)))
+ROWS = ("I", "FP", "FN", "G", "POS", "NEG", "LS", "N", "BAD", "TN")
+I, FP, FN, G, POS, NEG, LS, N, BAD, TN = (1 << index for index in range(len(ROWS)))
 OVERLAP_ROWS = I | FP | FN
 
 RUN_VOXELS = 4096
@@ -234,10 +234,10 @@ class LossSpec:
         needed = 0
         if finish.formula != Formula.NONE:
             needed |= OVERLAP_ROWS
-        if finish.formula in (Formula.GENERALIZED, Formula.MCC) or finish.denominator == Denominator.WEIGHTS:
+        if finish.formula == Formula.GENERALIZED or finish.denominator == Denominator.WEIGHTS:
             needed |= G
         if finish.formula == Formula.MCC:
-            needed |= N
+            needed |= TN
         if self.sums.voxel_term != VoxelTerm.NONE:
             needed |= POS | N
         if finish.label_smoothing != 0.0:

@@ -11,6 +11,7 @@ from .spec import (
     NEG,
     OVERLAP_ROWS,
     POS,
+    TN,
     Activation,
     Denominator,
     FinishSpec,
@@ -38,10 +39,10 @@ def overlap_of(squared_pred: bool, soft_label: bool) -> Overlap:
 
 def overlap_call(inputs: Inputs, overlap: Overlap, finish: FinishSpec) -> Call:
     rows = OVERLAP_ROWS | (0 if inputs.dense else BAD)
-    if finish.formula in (Formula.GENERALIZED, Formula.MCC) or finish.denominator == Denominator.WEIGHTS:
+    if finish.formula == Formula.GENERALIZED or finish.denominator == Denominator.WEIGHTS:
         rows |= G
     if finish.formula == Formula.MCC:
-        rows |= N
+        rows |= TN
     sums = SumsSpec(
         dense=inputs.dense,
         activation=inputs.activation,

@@ -106,8 +106,6 @@ def test_a_sample_does_not_depend_on_its_neighbours():
         )
 
 
-# --- Instruction sets, each in a process of its own ----------------------------------------------
-
 CHILD = """
 import sys, torch
 from dicekernels import region_sums

@@ -106,8 +106,6 @@ def test_both_backends_give_one_loss():
     assert abs(losses[0] - losses[1]) <= 8 * torch.finfo(torch.float32).eps * losses[0]
 
 
-# --- The environment, each in a process of its own -----------------------------------------------
-
 FORCED = "from dicekernels import dispatch; print(dispatch.forced_backend())"
 
 
@@ -143,9 +141,6 @@ except RuntimeError as error:
     assert lines[1].startswith(f"  not cpu: {cause}")
     assert lines[-2].startswith(f"reason: {cause}")
     assert lines[-1].startswith(f"forced: backend 'cpu' is not available: {cause}")
-
-
-# --- explain ------------------------------------------------------------------------------------
 
 
 def test_explain_names_backend_sums_and_memory():

@@ -11,6 +11,7 @@ from torch import nn
 
 import dicekernels
 from dicekernels import functional, testing
+from dicekernels.functional import dense
 
 monai_losses = pytest.importorskip("monai.losses")
 
@@ -117,6 +118,55 @@ def test_hooks_of_a_half_fire(name):
     assert_same(value_and_gradient(loss, logits, labels), truth, name)
     assert len(seen) == 1
     assert "two passes: a half has hooks" in dicekernels.explain(loss, logits, labels)
+
+
+def test_hooked_halves_ignore_and_check_labels_as_the_one_pass():
+    logits, labels = problem()
+    labels[0, 0, 0], labels[1, 0, :, 3] = 255, 255
+    loss = dicekernels.DiceFocalLoss(**HOT, ignore_index=255)
+    truth = value_and_gradient(loss, logits, labels)
+    loss.focal.register_full_backward_pre_hook(lambda module, grads: None)
+    assert_same(value_and_gradient(loss, logits, labels), truth, "hooked")
+    with pytest.raises(AssertionError, match="different shape"):
+        loss(logits, labels[..., :3])
+    labels[1, 0, 2, 2, 2] = 9
+    with pytest.raises(dicekernels.LabelRangeError, match="target: 1 of 420 .* first is 9 .sample 1"):
+        loss(logits, labels)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+@pytest.mark.parametrize("use_softmax", [False, True])
+def test_a_class_that_is_ruled_out(backend, use_softmax, gamma):
+    """A logit of -inf beside the label adds nothing; of the label itself it makes the loss infinite."""
+    options = {"to_onehot_y": True, "use_softmax": use_softmax, "gamma": gamma}
+    logits, labels = problem()
+    labels[0, 0, 0, 0, 0] = 0
+    limit, out = logits.detach().clone(), logits.detach().clone()
+    limit[0, 1, 0, 0, 0], out[0, 1, 0, 0, 0] = -200.0, -math.inf
+    got, truth = (
+        value_and_gradient(functional.focal_loss, x.requires_grad_(), labels, **options) for x in (out, limit)
+    )
+    assert_same(got, truth, "ruled out")
+    out = logits.detach().clone()
+    out[0, 0, 0, 0, 0] = -math.inf
+    assert functional.focal_loss(out, labels, **options) == math.inf
+
+
+def test_lambdas_are_checked_beside_a_map():
+    logits, labels = problem()
+    for loss, name in (
+        (functional.dice_focal_loss, "lambda_dice"),
+        (functional.generalized_dice_focal_loss, "lambda_gdl"),
+    ):
+        for options in ({name: -1.0}, {"lambda_focal": -1.0}, {name: torch.ones(2)}):
+            with pytest.raises(ValueError, match="lambda_"):
+                loss(logits, labels, **HOT, reduction="none", **options)
+
+
+def test_labels_out_of_range_are_tamed_where_a_one_hot_of_them_would_be_fatal():
+    labels = torch.tensor([0, 2, 3, -1, 255])
+    assert dense.in_range(labels, 3, None).tolist() == [0, 2, 0, 0, 0]
+    assert dense.in_range(labels, 3, 255).tolist() == [0, 2, 0, 0, 255]
 
 
 @either

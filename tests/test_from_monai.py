@@ -234,9 +234,6 @@ def test_every_attribute_of_monais_objects_is_carried(name: str) -> None:
         assert got is value or got == value, path
 
 
-# --- Wrappers, flags, what is shared ------------------------------------------------------------
-
-
 def test_deep_supervision_with_what_it_wraps() -> None:
     theirs = monai.losses.DeepSupervisionLoss(
         monai.losses.DiceCELoss(**HOT, weight=WEIGHT), weight_mode="two", weights=[3.0]

@@ -54,9 +54,6 @@ def assert_same(
     assert_close_to_truth(ours, truth.double(), truth if honest is None else honest, dtype, what)
 
 
-# --- One ratio in three conventions -------------------------------------------------------------
-
-
 @on_backends
 @PROPERTY
 @given(problems(), smoothing, smoothing, st.sampled_from([HOT, SIGMOIDS]), st.booleans())
@@ -131,9 +128,6 @@ def test_mcc_does_not_know_which_of_two_classes_is_positive(problem: Problem, sm
     assert_same(both[:, 0], both[:, 1], honest[:, 0])
 
 
-# --- Losses of two halves -----------------------------------------------------------------------
-
-
 @on_backends
 @PROPERTY
 @given(problems(), factors, factors, st.sampled_from(["mean", "sum"]), st.booleans())
@@ -191,9 +185,6 @@ def test_focal_loss_of_gamma_zero_is_cross_entropy(problem: Problem, reduction: 
         assert_same(functional.focal_loss(z, y, **options), truth, honest, F32, f"softmax {softmax}")
 
 
-# --- Wasserstein and unified focal: formulas in PyTorch, without a kernel ------------------------
-
-
 @PROPERTY
 @given(problems(), st.floats(0, 1))
 def test_unified_focal_is_the_mix_of_its_halves(problem: Problem, weight: float) -> None:
@@ -222,9 +213,6 @@ def test_wasserstein_of_equal_distances_is_a_ratio_of_overlap_sums(problem: Prob
     options = {"dist_matrix": distances, "reduction": "none", "smooth_nr": smooth, "smooth_dr": smooth}
     honest = reference.generalized_wasserstein_dice_loss(z, y, **options)
     assert_same(functional.generalized_wasserstein_dice_loss(z, y, **options), truth, honest)
-
-
-# --- Wrappers -----------------------------------------------------------------------------------
 
 
 @on_backends

@@ -39,9 +39,6 @@ def parameter_gradients(module):
     return [parameter.grad for parameter in module.parameters()]
 
 
-# --- torch.export -------------------------------------------------------------------------------
-
-
 def exported(step, arguments, **options):
     """The program, saved and loaded, as a module with parameters of its own."""
     file = io.BytesIO()
@@ -136,9 +133,6 @@ def test_exported_sums_train():
     assert_same(bits(exported(Score(), (logits, labels)), logits, labels), bits(Score(), logits, labels))
 
 
-# --- Copies and state ---------------------------------------------------------------------------
-
-
 @every_loss
 @pytest.mark.parametrize("make", [copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_copies(name, make):
@@ -169,9 +163,6 @@ def test_a_state_dict_goes_through_monais_module_and_back(name):
     assert bool(ours.state_dict()) == bool(before != ours(*data(name)))
 
 
-# --- MetaTensor ---------------------------------------------------------------------------------
-
-
 @every_loss
 @pytest.mark.parametrize("which", [(0,), (1,), (0, 1)])
 def test_meta_tensors_in_and_out(name, which):
@@ -181,9 +172,6 @@ def test_meta_tensors_in_and_out(name, which):
     assert type(step(*arguments)) is type(theirs(*arguments))
     value, gradient = bits(step, *arguments)
     assert_same((value.as_subclass(torch.Tensor), gradient.as_subclass(torch.Tensor)), bits(step, *plain))
-
-
-# --- Autograd's other users ---------------------------------------------------------------------
 
 
 @every_loss
@@ -225,9 +213,6 @@ def test_dice_of_a_batch_is_the_mean_of_its_micro_batches():
     truth = bits(Step("DiceLoss", monai.losses), logits.double(), labels, mask)[1]
     honest = bits(Step("DiceLoss", monai.losses), logits, labels, mask)[1]
     assert_gradient_close(split(step, F32), truth, honest, F32, "micro-batches")
-
-
-# --- Mixed precision ----------------------------------------------------------------------------
 
 
 @every_loss
@@ -286,9 +271,6 @@ def test_autocast(name):
     truth = bits(theirs.double(), logits.double(), labels, mask)
     assert_close_to_truth(value, truth[0].double(), honest[0], F32, name)
     assert_gradient_close(gradient, truth[1], honest[1].to(BF16), BF16, name)
-
-
-# --- Loops --------------------------------------------------------------------------------------
 
 
 def trained(name, validate, wrap=lambda step: step):

@@ -125,8 +125,6 @@ def test_a_masked_label_map_is_made_once():
     assert backward < 1.01
 
 
-# --- Physical memory ----------------------------------------------------------------------------
-
 SETUP = """
 import torch, {library} as library
 torch.set_num_threads(1)

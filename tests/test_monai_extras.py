@@ -13,7 +13,7 @@ from test_monai_modules import F32, F64, NAMES, make, run
 from torch import Tensor
 
 import dicekernels
-from dicekernels import reference
+from dicekernels import functional, reference
 from dicekernels.testing import assert_close_to_truth, assert_gradient_close
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -134,3 +134,53 @@ def test_the_mask_of_a_single_channel(name: str) -> None:
     got = run(getattr(dicekernels, name)(**options), logits, target, mask=FRACTIONS)
     assert_close_to_truth(got[0], truth[0], honest[0], F32, "loss")
     assert_gradient_close(got[1], truth[1], honest[1], F32, "gradient")
+
+
+@pytest.mark.parametrize("by", ["soft target", "mask"])
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_matthews_correlation_of_a_saturated_prediction(by: str, dtype: torch.dtype) -> None:
+    """Nothing is left of tn, which no difference of large sums would give."""
+    logits = torch.full((2, 3, 5, 7), 40.0, dtype=dtype)
+    target = SOFT.to(dtype) if by == "soft target" else (SOFT > 0.5).to(dtype)
+    mask = FRACTIONS if by == "mask" else None
+    for sign in (1, -1):
+        loss = partial(functional.mcc_loss, sigmoid=True, mask=mask)
+        value, gradient = run(loss, sign * logits, target)
+        truth = reference.mcc_loss((sign * logits).double(), target.double(), sigmoid=True, mask=mask)
+        assert_close_to_truth(value, truth, truth, F32, "loss")
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"squared_pred": True}, {"soft_label": True}], ids=str)
+@pytest.mark.parametrize("kind", ["labels", "soft"])
+@pytest.mark.parametrize("dtype", [F32, torch.float16])
+def test_nothing_leaks_out_of_a_masked_voxel_of_masked_dice(
+    options: dict[str, Any], kind: str, dtype: torch.dtype
+) -> None:
+    logits, labels = make(dtype)
+    target = labels if kind == "labels" else SOFT
+    loss = partial(functional.masked_dice_loss, to_onehot_y=kind == "labels", softmax=True, **options)
+    for mask in (FRACTIONS.clamp(max=1), FRACTIONS > 0):
+        clean = run(loss, logits, target, mask=mask)
+        poisoned = torch.where(mask == 0, torch.nan, logits)
+        poisoned[0, 1, 0] = torch.inf
+        got = run(loss, poisoned, target, mask=mask)
+        assert torch.equal(got[0], clean[0]) and torch.equal(got[1], clean[1])
+
+
+@pytest.mark.parametrize("name", ["dice_loss", "dice_ce_loss", "mcc_loss", "dice_focal_loss"])
+def test_the_slope_in_a_mask_is_that_of_the_values_under_it(name: str, backend: str) -> None:
+    logits, labels = make(F64)
+    slopes = []
+    if backend != "eager":
+        with pytest.raises(RuntimeError, match="forced, but mask requires a gradient"):
+            getattr(functional, name)(
+                logits, labels, to_onehot_y=True, mask=FRACTIONS.clone().requires_grad_()
+            )
+        return
+    for loss in (getattr(functional, name), getattr(reference, name)):
+        mask = FRACTIONS.double().requires_grad_()
+        value = loss(logits, labels, to_onehot_y=True, softmax=True, mask=mask)
+        slopes.append(torch.autograd.grad(value.double(), mask)[0])
+    assert slopes[1][FRACTIONS == 0].abs().min() > 0
+    assert_gradient_close(slopes[0], slopes[1], slopes[1], F32 if "focal" in name else F64, "slope")

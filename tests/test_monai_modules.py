@@ -49,8 +49,6 @@ def assert_is_monais(ours: nn.Module, theirs: nn.Module, logits: Tensor, target:
     assert_gradient_close(got[1], truth[1], honest[1], F32, "gradient")
 
 
-# --- state_dict, copies, dtypes -----------------------------------------------------------------
-
 STATES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("DiceLoss", {}, {}),
     ("DiceLoss", {"weight": [1.0, 2.0, 3.0]}, {"weight": [3.0, 1.0, 0.5]}),
@@ -121,9 +119,6 @@ def test_the_lambdas_stay_exact_in_other_dtypes(move: Callable[[nn.Module], nn.M
     moved = move(loss)
     assert (moved.lambda_dice, moved.lambda_ce) == (0.1, 0.7)
     assert all(torch.equal(a, b) for a, b in zip(run(moved, logits, labels), before, strict=True))
-
-
-# --- Attributes that change after construction --------------------------------------------------
 
 
 def set_to(path: str, value: Any) -> Callable[[nn.Module], None]:
@@ -208,9 +203,6 @@ def test_a_lambda_below_zero_is_refused_at_any_time() -> None:
     with pytest.raises(ValueError, match="lambda_ce should be no less than 0"):
         loss.lambda_ce = -0.5
     assert loss.lambda_ce == 0.5
-
-
-# --- Quirks -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("space", [(6,), (2, 3), (2, 3, 4), (1, 2, 3, 2)])

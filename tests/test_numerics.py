@@ -18,7 +18,6 @@ HOT = {"to_onehot_y": True, "softmax": True}
 CT_VOXELS = 512 * 512 * 300  # 78643200 > 4 * 2^24
 
 
-# --- 7.9e7 voxels -------------------------------------------------------------------------------
 #
 # One random slice seen 300 times, so that the truth is 300 times its sums. As the slices have no
 # common voxel stride, the kernels take a copy of 629 MB.
@@ -93,9 +92,6 @@ def test_a_real_volume_of_79_million_voxels():
     assert ours.G[0, 1] == inside.sum()
 
 
-# --- Half precision -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["dice_loss", "generalized_dice_loss", "tversky_loss", "dice_ce_loss"])
 def test_more_voxels_than_a_half_can_count(name, dtype, backend):
@@ -126,9 +122,6 @@ def test_the_amp_scale_keeps_half_gradients_alive(backend):
     assert (scaled[nonzero] == 0).double().mean() < 0.001
     # The scale enters before the rounding to half: the plain gradient has lost what this one has.
     assert (plain[nonzero] == 0).double().mean() > 0.01
-
-
-# --- Extreme logits -----------------------------------------------------------------------------
 
 
 def mixed(rows):
@@ -209,9 +202,6 @@ def test_a_nearly_perfect_prediction_keeps_its_digits(backend):
     )
     assert truth < 3e-9
     assert_close_to_truth(ours, truth, honest, torch.float32, "dice")
-
-
-# --- Beyond 2^31 elements -----------------------------------------------------------------------
 
 
 @pytest.mark.slow

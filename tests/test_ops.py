@@ -34,8 +34,6 @@ from dicekernels.testing import assert_close_to_truth, assert_gradient_close
 F64 = torch.float64
 CE_ROWS = OVERLAP_ROWS | G | POS | LS | N
 
-# --- The ops ------------------------------------------------------------------------------------
-
 LABELS = SumsSpec(False, Activation.SOFTMAX, CE_ROWS | BAD, voxel_term=VoxelTerm.CE, ignore_index=255)
 VALUES = SumsSpec(
     True, Activation.SIGMOID, OVERLAP_ROWS | POS | NEG | N, Overlap.MIN, VoxelTerm.BCE, product_mask=True
@@ -98,8 +96,6 @@ def test_opcheck_of_finish(namespace, finish):
     torch.library.opcheck(op.default, args)
     assert op(*args)[0].shape == spec.loss_shape(2, 4)
 
-
-# --- Every public loss --------------------------------------------------------------------------
 
 HOT = {"to_onehot_y": True, "softmax": True}
 LOSSES = {
@@ -234,9 +230,6 @@ def test_region_sums_of_a_target_that_requires_grad():
         assert_gradient_close(got, expected, expected, F64, "region_sums")
     with dicekernels.use_backend("cpu"), pytest.raises(RuntimeError, match="forced, but target requires"):
         region_sums(logits, values)
-
-
-# --- Odd uses -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LOSSES)

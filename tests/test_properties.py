@@ -34,9 +34,6 @@ def reduced(loss: Loss) -> str:
     return "sum" if loss.name in ("dice_ce_loss", *FOCAL) else "none"
 
 
-# --- Permutations -------------------------------------------------------------------------------
-
-
 @PROPERTY
 @given(any_loss, problems())
 def test_the_order_of_voxels_does_not_matter(loss: Loss, problem: Problem) -> None:
@@ -70,9 +67,6 @@ def test_the_order_of_classes_does_not_matter(loss: Loss, problem: Problem, weig
     )
 
 
-# --- Samples ------------------------------------------------------------------------------------
-
-
 @PROPERTY
 @given(any_loss, problems())
 def test_a_batch_is_its_samples(backend: str, loss: Loss, problem: Problem) -> None:
@@ -92,9 +86,6 @@ def test_a_batch_is_its_samples(backend: str, loss: Loss, problem: Problem) -> N
         assert torch.equal(whole, together(parts(z)))
     of_value = F32 if loss.float32_value else problem.dtype
     assert_close_to_truth(whole, truth, loss.oracle(z, y, **options), of_value, "samples")
-
-
-# --- Deletion and repetition of voxels ----------------------------------------------------------
 
 
 def of_kept(problem: Problem) -> Tensor:
@@ -178,9 +169,6 @@ def test_a_voxel_of_weight_n_counts_as_n_voxels(loss: Loss, problem: Problem) ->
     )
 
 
-# --- A constant in every logit of a voxel -------------------------------------------------------
-
-
 @PROPERTY
 @given(st.sampled_from(SOFTMAX), problems())
 def test_softmax_losses_do_not_see_a_shift(loss: Loss, problem: Problem) -> None:
@@ -194,8 +182,6 @@ def test_softmax_losses_do_not_see_a_shift(loss: Loss, problem: Problem) -> None
     shift = (8 * problem.uniform(len(z), 1, *z.shape[2:])).round()
     assert_equal_losses(loss, dtype, (z + shift, y, {}), (z, y, {}))
 
-
-# --- Bounds -------------------------------------------------------------------------------------
 
 BOUNDS = {
     "dice_loss": 1.0,

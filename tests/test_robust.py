@@ -56,8 +56,6 @@ def value_and_gradient(
     return [value.detach(), gradient]
 
 
-# --- Arguments that do not fit ------------------------------------------------------------------
-
 Z, Y = make()
 ONE_HOT = torch.nn.functional.one_hot(Y[:, 0], 3).movedim(-1, 1)
 LABELS = {"to_onehot_y": True, "softmax": True}
@@ -207,9 +205,6 @@ def test_region_sums_options_that_do_not_fit(options: dict[str, Any], parts: lis
     assert all(part in message for part in parts), message
 
 
-# --- Labels outside [0, C) ----------------------------------------------------------------------
-
-
 @every_loss
 @pytest.mark.parametrize("bad", [-1, 3, 255])
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int64, F32])
@@ -250,8 +245,6 @@ def test_labels_out_of_range_are_tolerated_where_they_do_not_count(name: str, ba
     assert torch.equal(got[0], clean[0]) and torch.equal(got[1], clean[1])
     assert not got[1][gone.expand_as(logits)].any()
 
-
-# --- NaN and infinities -------------------------------------------------------------------------
 
 POISONS = [math.nan, math.inf, -math.inf]
 ACTIVATIONS: list[dict[str, Any]] = [{"softmax": True}, {"sigmoid": True}, {}]
@@ -323,9 +316,6 @@ def test_a_poisoned_voxel_that_counts_gives_monais_kind_of_number(
         assert_gradient_close(ours[1], truth[1], honest[1], F32, "gradient")
 
 
-# --- Nothing to sum -----------------------------------------------------------------------------
-
-
 @every_loss
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("batch", [False, True])
@@ -379,9 +369,6 @@ def test_one_voxel(name: str) -> None:
     got = value_and_gradient(LOSSES[name], logits, labels, **LABELS)
     assert_close_to_truth(got[0], truth[0], truth[0], F32, "loss")
     assert_gradient_close(got[1], truth[1], truth[1], F32, "gradient")
-
-
-# --- Backends that are forced -------------------------------------------------------------------
 
 
 def test_a_forced_backend_says_why_it_refuses(backend: str) -> None:

@@ -29,9 +29,6 @@ from dicekernels.testing import assert_close_to_truth, assert_gradient_close
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript itself
 
 
-# --- State and attributes -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "options", "others"),
     [
@@ -137,9 +134,6 @@ def test_what_is_done_to_the_twin_reaches_the_loss() -> None:
     assert_scripted_is_the_loss(fresh, torch.jit.script(parent).loss, logits, labels)
 
 
-# --- Activations, subclasses, refusals ----------------------------------------------------------
-
-
 def doubled(x: Tensor) -> Tensor:
     return 2 * x
 
@@ -223,9 +217,6 @@ def test_a_loss_that_its_twin_would_not_follow_is_refused() -> None:
         torch.jit.script(loss)
 
 
-# --- Errors and warnings ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["DiceLoss", "GeneralizedDiceLoss", "DiceCELoss", "FocalLoss"])
 @pytest.mark.parametrize("label", [3, -1])
 def test_a_label_out_of_range_raises(name: str, label: int) -> None:
@@ -304,9 +295,6 @@ def test_warnings_of_a_single_channel() -> None:
         f"single channel prediction, `{option}` ignored."
         for option in ("softmax=True", "to_onehot_y=True", "include_background=False")
     ]
-
-
-# --- Wrappers -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, F32])

@@ -108,7 +108,7 @@ def test_chunks_worked_by_hand(voxels, size, count):
 
 
 def test_rows_are_bits_in_order():
-    assert [I, FP, FN, G, POS, spec.NEG, LS, N, BAD] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert [1 << i for i in range(10)] == [I, FP, FN, G, POS, spec.NEG, LS, N, BAD, spec.TN]
     rows = I | FN | N | BAD
     assert row_names(rows) == ("I", "FN", "N", "BAD")
     assert [row_index(rows, bit) for bit in (I, FN, N, BAD)] == [0, 1, 2, 3]

@@ -69,7 +69,6 @@ def check(logits, target, name="", seed=11, **options):
     assert_gradient_close(got, expected, plain.to(logits.dtype), logits.dtype, f"gradient {name}")
 
 
-# --- Worked by hand -----------------------------------------------------------------------------
 #
 # One sample, two classes, four voxels, given as probabilities:
 #   p0 = 3/4 1/2 1/4 0     p1 = 1/4 1/2 3/4 1     labels 0 0 1 1
@@ -140,7 +139,6 @@ def test_gradient_by_hand():
     same(gradient(lambda z: region_sums(z, torch.tensor([[[1]]])).I.sum(), z), [[[-3 / 16], [3 / 16]]])
 
 
-# --- The grid -----------------------------------------------------------------------------------
 #
 # All of activation x overlap x voxel term, as their code paths multiply. Target kind, mask, ignore and dtype
 # enter before those, elementwise: they turn with periods prime to each other, so that each meets each.
@@ -234,9 +232,6 @@ def test_float_labels_are_compared_with_ignore_index_before_truncation():
     same(sums.N, [[3, 3]])
 
 
-# --- Layouts ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("layout", LAYOUTS_3D)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_layouts_of_the_logits(layout, dtype):
@@ -266,7 +261,6 @@ def test_channels_last_and_every_number_of_space_dimensions():
     check(laid_out(make_logits(shape), "channels_last"), make_labels((2, 1, 16, 18), 3), "channels_last")
 
 
-# --- Sizes --------------------------------------------------------------------------------------
 #
 # Around the lanes of a vector (16), a tile (64 to 1024) and a chunk (4096); primes.
 
@@ -296,9 +290,6 @@ def test_empty_inputs():
         sums = region_sums(make_logits(shape), make_labels((shape[0], 1, *shape[2:]), 3), voxel_term="ce")
         for row in named(sums).values():
             assert torch.equal(row, torch.zeros(shape[:2], dtype=F64))
-
-
-# --- Exact counts, labels out of range ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("classes", [2, 17, 257])

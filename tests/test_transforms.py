@@ -29,9 +29,6 @@ def samples(arguments):
     return [tuple(x[i : i + 1] for x in arguments) for i in range(len(arguments[0]))]
 
 
-# --- Reverse mode: the same kernels, the same bits ----------------------------------------------
-
-
 @every_kernel
 def test_reverse_mode(name, backend):
     step, arguments = Step(name, dicekernels), data(name)
@@ -83,9 +80,6 @@ def test_the_buffers_of_a_loss_in_functional_call():
     assert torch.equal(doubled, 2 * loss(logits, labels))
 
 
-# --- Samples one by one -------------------------------------------------------------------------
-
-
 @every_kernel
 def test_vmap_gives_the_bits_of_a_loop(name, backend):
     step, arguments = Step(name, dicekernels), data(name)
@@ -101,9 +95,6 @@ def test_vmap_gives_the_bits_of_a_loop(name, backend):
     expected = torch.stack([step(z[None], *samples(arguments)[0][1:]) for z in arguments[0]])
     others = [x[0] for x in arguments[1:]]
     assert torch.equal(func.vmap(lambda z: of_one(z, *others))(arguments[0]), expected)
-
-
-# --- Second order and forward mode, with float64 as gradcheck wants it --------------------------
 
 
 @pytest.mark.parametrize("name", ["DiceCELoss", "GeneralizedDiceLoss", "DiceFocalLoss", "MCCLoss"])
@@ -161,9 +152,6 @@ def test_dual_numbers_of_autograd():
     assert_close_to_truth(tangent, truth, truth.float(), F32, "jvp")
 
 
-# --- Transforms over other tensors than the logits ----------------------------------------------
-
-
 def ours(logits, target, mask, weight):
     return functional.dice_ce_loss(logits, target, softmax=True, mask=mask, weight=weight)
 
@@ -219,9 +207,6 @@ def test_region_sums_over_the_target():
     for which in OVER:
         truth = OVER[which](plain, 1)([logits, values])
         assert_gradient_close(OVER[which](sums, 1)([logits, values]), truth, truth, F64, which)
-
-
-# --- What a create_graph costs ------------------------------------------------------------------
 
 
 @every_kernel

@@ -20,8 +20,6 @@ import dicekernels
 from dicekernels.dropin import monai as dropin
 from dicekernels.testing import assert_gradient_close
 
-# --- DeepSupervisionLoss: values and gradients --------------------------------------------------
-
 WEIGHTS: list[tuple[dict[str, Any], list[float]]] = [
     ({}, [1, 0.5, 0.25, 0.125]),
     ({"weight_mode": "two"}, [1, 0.5, 0.5, 0.5]),
@@ -107,9 +105,6 @@ def test_dense_targets_and_their_gradient() -> None:
     assert_gradient_close(results[0], results[2], results[1], F32, "gradient of the target")
 
 
-# --- Resizing of the target ---------------------------------------------------------------------
-
-
 def resized_by(loss: nn.Module, target: Tensor, space: tuple[int, ...], channels: int = 2) -> Tensor:
     """What a loss inside the wrapper gets."""
     seen: list[Tensor] = []
@@ -172,9 +167,6 @@ def test_other_modes_are_torchs() -> None:
 def test_a_target_of_equal_size_is_passed_on_itself() -> None:
     target = labels((4, 5), torch.int64)
     assert resized_by(dicekernels.DeepSupervisionLoss(nn.MSELoss()), target, (4, 5)) is target
-
-
-# --- The rest of MONAI's behaviour --------------------------------------------------------------
 
 
 def both(**options: Any) -> list[nn.Module]:

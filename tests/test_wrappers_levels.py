@@ -27,8 +27,6 @@ import dicekernels
 from bench.measure import profiled_memory
 from dicekernels.testing import assert_close_to_truth, assert_gradient_close
 
-# --- Dtypes and memory --------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("dtype", [F16, torch.bfloat16, F64])
 @pytest.mark.parametrize("name", INNER)
@@ -111,9 +109,6 @@ def test_half_precision_outputs_are_not_copied() -> None:
     assert kept < 0.01 + coarse / size
     assert 0.98 < backward < 1.015  # the resized labels are given back meanwhile
     assert measured(monai.losses)[1] > 2
-
-
-# --- mask ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("samples", [1, 2])

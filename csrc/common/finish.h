@@ -39,11 +39,11 @@ struct FinishSpec {
 // The smallest score whose logarithm is taken (segmentation_models_pytorch's eps).
 constexpr double kLowestScore = 1e-7;
 
-struct Slope3 {
-  double value, d_i, d_fp, d_fn;
+struct Slopes4 {
+  double value, d_i, d_fp, d_fn, d_tn = 0;
 };
 
-static inline Slope3 finish_ratio(const FinishSpec& f, double i, double fp, double fn) {
+static inline Slopes4 finish_ratio(const FinishSpec& f, double i, double fp, double fn) {
   const double errors = f.alpha * fp + f.beta * fn;
   const double numerator = f.kappa * i + f.smooth_nr;
   const double denominator = f.kappa * i + errors + f.smooth_dr;
@@ -64,22 +64,19 @@ static inline Slope3 finish_ratio(const FinishSpec& f, double i, double fp, doub
   return {value, -outer * f.kappa * miss / denominator, by_error * f.alpha, by_error * f.beta};
 }
 
-// 1 - Matthews' correlation coefficient; negatives = N - G, so that tn = negatives - fp. Nothing
-// wrong gives 0, also where a quotient would be 0/0.
-static inline Slope3 finish_mcc(const FinishSpec& f, double tp, double fp, double fn,
-                                double negatives) {
+// 1 - Matthews' correlation coefficient. Nothing wrong gives 0, also where a quotient would be 0/0.
+static inline Slopes4 finish_mcc(const FinishSpec& f, double tp, double fp, double fn, double tn) {
   if (fp == 0 && fn == 0) return {0, 0, 0, 0};
-  const double tn = negatives - fp;
   const double top = tp * tn - fp * fn + f.smooth_nr;
   const double square = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn) + f.smooth_dr;
   const double root = std::sqrt(square), half = top / (2 * square);
   const auto slope = [&](double of_top, double of_square) {
     return (half * of_square - of_top) / root;
   };
-  const double by_tn = slope(tp, (tp + fp) * (tp + fn) * (2 * tn + fp + fn));
   return {1 - top / root, slope(tn, (tn + fp) * (tn + fn) * (2 * tp + fp + fn)),
-          slope(-fn, (tp + fn) * (tn + fn) * (2 * fp + tp + tn)) - by_tn,
-          slope(-fp, (tp + fp) * (tn + fp) * (2 * fn + tp + tn))};
+          slope(-fn, (tp + fn) * (tn + fn) * (2 * fp + tp + tn)),
+          slope(-fp, (tp + fp) * (tn + fp) * (2 * fn + tp + tn)),
+          slope(tp, (tp + fp) * (tp + fn) * (2 * tn + fp + fn))};
 }
 
 // Weight of a class from its volume. Whether it is infinite follows MONAI's fp32 arithmetic.
@@ -103,7 +100,7 @@ static inline void finish(const FinishSpec& f, int64_t samples, int64_t classes,
             fn_at = row_index(f.rows, kFN), g_at = row_index(f.rows, kG),
             pos_at = row_index(f.rows, kPos), neg_at = row_index(f.rows, kNeg),
             ls_at = row_index(f.rows, kLs), n_at = row_index(f.rows, kN),
-            bad_at = row_index(f.rows, kBad);
+            bad_at = row_index(f.rows, kBad), tn_at = row_index(f.rows, kTN);
   const bool pos = has_row(f.rows, kPos), neg = has_row(f.rows, kNeg), ls = has_row(f.rows, kLs);
   const int64_t groups = f.groups(samples), outputs = f.outputs(classes);
   const int64_t members = f.batch ? samples : 1;
@@ -142,7 +139,7 @@ static inline void finish(const FinishSpec& f, int64_t samples, int64_t classes,
       }
     const double miss = (errors + f.smooth_dr - f.smooth_nr) / bottom;
     for (int64_t c = f.skipped; c < classes; ++c) {
-      Slope3 s;
+      Slopes4 s;
       double scale = share;
       if (f.formula == Formula::ratio) {
         s = finish_ratio(f, group_sum(group, c, i_at), group_sum(group, c, fp_at),
@@ -150,8 +147,7 @@ static inline void finish(const FinishSpec& f, int64_t samples, int64_t classes,
         if (class_weight) scale *= class_weight[c - f.skipped];
       } else if (f.formula == Formula::mcc) {
         s = finish_mcc(f, group_sum(group, c, i_at), group_sum(group, c, fp_at),
-                       group_sum(group, c, fn_at),
-                       group_sum(group, c, n_at) - group_sum(group, c, g_at));
+                       group_sum(group, c, fn_at), group_sum(group, c, tn_at));
       } else {
         const double w = weight_of(c), by_error = w * top / (bottom * bottom);
         s = {miss, -2 * w * miss / bottom, by_error, by_error};
@@ -165,6 +161,7 @@ static inline void finish(const FinishSpec& f, int64_t samples, int64_t classes,
         out[i_at] = scale * s.d_i;
         out[fp_at] = scale * s.d_fp;
         out[fn_at] = scale * s.d_fn;
+        if (f.formula == Formula::mcc) out[tn_at] = scale * s.d_tn;
       }
     }
   }

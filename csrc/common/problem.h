@@ -17,7 +17,7 @@ enum class VoxelTerm : int64_t { none = 0, ce = 1, bce = 2, focal_sigmoid = 3, f
 
 // Rows of the sums. A problem switches some of them on (a bit mask); those stand in the last
 // dimension of (B, K, C, R) in this order.
-enum Row : int { kI = 0, kFP, kFN, kG, kPos, kNeg, kLs, kN, kBad, kRowCount };
+enum Row : int { kI = 0, kFP, kFN, kG, kPos, kNeg, kLs, kN, kBad, kTN, kRowCount };
 
 static constexpr bool has_row(int64_t rows, Row row) {
   return (rows >> row) & 1;

@@ -1,7 +1,7 @@
 // The maths of one voxel and one class, written once for scalars and vectors, host and device.
 // T is any type with arithmetic and comparison operators; whoever includes this defines DK_ISA and
-// declares select(mask, a, b), exp, log, reciprocal and log1p(x, 1/(1 + x)) of T in namespace
-// dicekernels::DK_ISA before.
+// declares select(mask, a, b), exp, log, reciprocal and log1p of T in namespace dicekernels::DK_ISA
+// before.
 // p: probability, g: target, z: logit. Formulas: docs/semantics.md.
 #pragma once
 #include "problem.h"
@@ -72,7 +72,7 @@ DK_INLINE Sigmoid<T> sigmoid(T z) {
   const T e = exp(-magnitude(z)), large = reciprocal(1 + e), small = e * large;
   Sigmoid<T> s{select(positive, large, small), select(positive, small, large), zero, zero};
   if constexpr (Logs) {
-    const T l = log1p(e, large);
+    const T l = log1p(e);
     s.softplus = select(positive, z + l, l);
     s.softneg = select(positive, l, l - z);
   }
@@ -91,7 +91,7 @@ DK_INLINE Focal<T> sigmoid_focal(T z, T g, S gamma) {
   const Sigmoid<T> s = sigmoid<true>(z);
   const T sign = 2 * g - 1;
   const Sigmoid<T> a = sigmoid<true>(-z * sign);
-  const T modulation = exp(-gamma * a.softneg);
+  const T modulation = gamma == 0 ? T{} + 1 : exp(-gamma * a.softneg);
   const T bce = z * (1 - g) + s.softneg;
   return {modulation * bce, modulation * (s.p - g - gamma * sign * a.q * bce)};
 }
@@ -101,7 +101,8 @@ DK_INLINE Focal<T> sigmoid_focal(T z, T g, S gamma) {
 template <class T, class S>
 DK_INLINE Focal<T> hard_focal(T s, S gamma) {
   const Sigmoid<T> a = sigmoid<true>(s);
-  const T modulation = gamma == 2 ? a.q * a.q : exp(-gamma * a.softplus);
+  const T one = T{} + 1;
+  const T modulation = gamma == 2 ? a.q * a.q : gamma == 0 ? one : exp(-gamma * a.softplus);
   return {modulation * a.softneg, -modulation * (gamma * a.p * a.softneg + a.q)};
 }
 

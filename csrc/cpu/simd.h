@@ -179,14 +179,19 @@ DK_INLINE DoubleVector exp(DoubleVector x) {
 DK_INLINE DoubleVector log(DoubleVector x) {
   return map<std::log>(x);
 }
-DK_INLINE DoubleVector log1p(DoubleVector x, DoubleVector) {
+DK_INLINE DoubleVector log1p(DoubleVector x) {
   return map<std::log1p>(x);
 }
 
-// log(1 + x) for x in [0, 1] from 1 / (1 + x): what 1 + x rounds away comes back in first order.
-DK_INLINE FloatVector log1p(FloatVector x, FloatVector inverse) {
-  const FloatVector u = 1.0f + x;
-  return log(u) + (x - (u - 1.0f)) * inverse;
+// log(1 + x) for x in [0, 1]: x times a polynomial of degree 8 in x - 1/2, minimax of relative
+// error 3e-8 (1.6e-7 with its rounding).
+DK_INLINE FloatVector log1p(FloatVector x) {
+  const FloatVector t = x - 0.5f;
+  FloatVector y = splat(5.23262378e-3f);
+  for (const float coefficient : {-8.57446156e-3f, 1.15865115e-2f, -2.02282462e-2f, 3.66338529e-2f,
+                                  -6.77114502e-2f, 1.32609084e-1f, -2.88526654e-1f, 8.10930192e-1f})
+    y = y * t + coefficient;
+  return x * y;
 }
 
 }  // namespace DK_ISA

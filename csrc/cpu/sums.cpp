@@ -93,6 +93,19 @@ void overlap_rows(const Tile<T>& tile, const Accumulators<T>& sums, int64_t c, c
   }
 }
 
+// The row TN of one class, which Matthews' correlation alone has.
+template <bool Dense, bool Masked, class T>
+void negative_row(const Tile<T>& tile, const Accumulators<T>& sums, int64_t c, const T* p_row,
+                  const T* scale_row, const T* g_row) {
+  Sum<T> tn(sums.at(c, kTN));
+  for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
+    const Vec<T> p = load<T>(p_row + v) * load<T>(scale_row + v);
+    const Vec<T> g = tile.template target<Dense>(g_row, static_cast<T>(c), v);
+    const Vec<T> x = (1 - p) * (1 - g);
+    tn.add(Masked ? load<T>(tile.m + v) * x : x);
+  }
+}
+
 template <bool Dense, bool Masked, class T>
 void voxel_rows(const Tile<T>& tile, const Accumulators<T>& sums, int64_t c, const T* g_row) {
   const Problem& problem = tile.problem;
@@ -136,7 +149,8 @@ void voxel_rows(const Tile<T>& tile, const Accumulators<T>& sums, int64_t c, con
         const Vec<T> log_p = tile.focal_log_p(load<T>(z_row + v), v);
         pos.add(weighted(v, g_at(v) * softmax_focal(log_p, gamma).loss));
       } else {
-        pos.add(g_at(v) * load<T>(tile.pull + v));
+        // Selected, not multiplied: the loss of an impossible label is infinite.
+        pos.add(g_at(v) != splat(T{0}) ? load<T>(tile.pull + v) : splat(T{0}));
       }
     }
   }
@@ -171,18 +185,22 @@ void sums_tile(Tile<T>& tile, const Accumulators<T>& sums) {
   const bool separate =
       problem.voxel_term != VoxelTerm::none && (!ce || has_row(problem.rows, kLs));
   const bool counts = has_row(problem.rows, kG);
+  const bool overlap = has_overlap(problem) || ce || counts;
   with_flags(problem.dense, tile.masked, ce, counts,
              [&](auto dense, auto masked, auto with_ce, auto count) {
                if (problem.voxel_term == VoxelTerm::focal_softmax && !dense())
                  load_focal_loss<masked()>(tile);
                for (int64_t c = 0; c < problem.classes; ++c) {
                  const T* g_row = tile.target_row(c);
-                 with_overlap(problem.overlap, [&](auto o) {
-                   with_probabilities(tile, c, [&](const T* p_row, const T* scale_row) {
-                     overlap_rows<o(), dense(), masked(), with_ce(), count()>(tile, sums, c, p_row,
-                                                                              scale_row, g_row);
+                 if (overlap)
+                   with_overlap(problem.overlap, [&](auto o) {
+                     with_probabilities(tile, c, [&](const T* p_row, const T* scale_row) {
+                       overlap_rows<o(), dense(), masked(), with_ce(), count()>(
+                           tile, sums, c, p_row, scale_row, g_row);
+                       if (has_row(problem.rows, kTN))
+                         negative_row<dense(), masked()>(tile, sums, c, p_row, scale_row, g_row);
+                     });
                    });
-                 });
                  if (separate) voxel_rows<dense(), masked()>(tile, sums, c, g_row);
                }
              });

@@ -19,12 +19,9 @@ void load_slopes(const Problem& problem, const double* coef, Slopes<T>* slopes) 
     const auto at = [&](Row row) {
       return has_row(problem.rows, row) ? static_cast<T>(rows[row_index(problem.rows, row)]) : T{0};
     };
-    slopes[c] = {at(kI), at(kFP), at(kFN), at(kPos), at(kNeg), at(kLs)};
+    // (1 - p)(1 - g) of TN falls where p (1 - g) of FP rises.
+    slopes[c] = {at(kI), at(kFP) - at(kTN), at(kFN), at(kPos), at(kNeg), at(kLs)};
   }
-}
-
-bool has_overlap(const Problem& problem) {
-  return problem.rows & ((1 << kI) | (1 << kFP) | (1 << kFN));
 }
 
 // a * g + b of class c.

@@ -205,6 +205,10 @@ struct Tile {
   }
 };
 
+static inline bool has_overlap(const Problem& problem) {
+  return problem.rows & ((1 << kI) | (1 << kFP) | (1 << kFN));
+}
+
 // Calls f with the booleans as compile-time constants.
 template <class F>
 DK_INLINE void with_flags(bool a, bool b, bool c, bool d, F f) {

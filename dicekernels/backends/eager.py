@@ -18,6 +18,7 @@ from ..spec import (
     LS,
     NEG,
     POS,
+    TN,
     Activation,
     G,
     I,
@@ -76,8 +77,13 @@ class Piece:
             g = (torch.where(kept, labels, -1) == channels).to(self.dtype)
         inside = m != 0
         self.m = m
-        self.z = torch.where(inside, z, 0.0)
-        self.g = torch.where(inside, g, 0.0)
+        if mask is not None and mask.requires_grad:
+            # The slope in a mask of 0 is that of the values under it; what is not finite stays out.
+            self.z = torch.where(inside | z.isfinite(), z, 0.0)
+            self.g = torch.where(inside | g.isfinite(), g, 0.0)
+        else:
+            self.z = torch.where(inside, z, 0.0)
+            self.g = torch.where(inside, g, 0.0)
 
     def probabilities(self) -> Tensor:
         if self.spec.activation == Activation.SOFTMAX:
@@ -124,6 +130,17 @@ class Piece:
             return p * (slope - (p * slope).sum(1, keepdim=True))
         return slope * p * torch.sigmoid(-self.z) if self.spec.activation == Activation.SIGMOID else slope
 
+    def modulation(self, s: Tensor) -> Tensor:
+        """sigmoid(s)^gamma; 1 for gamma = 0, also of an infinite s."""
+        gamma = self.spec.focal_gamma
+        return torch.ones_like(s) if gamma == 0 else torch.exp(gamma * F.logsigmoid(s))
+
+    def own_log_p(self, log_p: Tensor) -> Tensor:
+        """log p of each voxel's label, 0 in the other classes: what they add is 0 and not 0 * inf."""
+        if self.spec.dense:
+            return log_p
+        return torch.where(self.g[:, self.spec.first_class :] != 0, log_p, 0.0)
+
     def voxel_gradient(self, a: dict[int, Tensor]) -> Tensor:
         """Gradient of the POS, NEG and LS rows in z, without the weight m."""
         z, g, gamma = self.z, self.g, self.spec.focal_gamma
@@ -136,19 +153,20 @@ class Piece:
             hit = g != 0
             s = torch.where(hit, z, -z)
             right, wrong, surprise = torch.sigmoid(s), torch.sigmoid(-s), -F.logsigmoid(s)
-            slope = -torch.exp(gamma * F.logsigmoid(-s)) * (gamma * right * surprise + wrong)
+            slope = -self.modulation(-s) * (gamma * right * surprise + wrong)
             return torch.where(hit, a[POS], -a[NEG]) * slope
         if self.spec.voxel_term == VoxelTerm.FOCAL_SIGMOID:
             sign = 2 * g - 1
             bce = z * (1 - g) - F.logsigmoid(z)
             slope = torch.sigmoid(z) - g - gamma * sign * torch.sigmoid(z * sign) * bce
-            slope = slope * torch.exp(gamma * F.logsigmoid(-z * sign))
+            slope = slope * self.modulation(-z * sign)
             return (a[POS] * g + a[NEG] * (1 - g)) * slope
-        log_p = torch.log_softmax(z[:, self.spec.first_class :], 1)
-        p = log_p.exp()
-        certain = p >= 1
-        rest = torch.where(certain, 1.0, 1 - p)
-        slope = rest**gamma * (gamma * p * log_p / rest - 1)
+        every = torch.log_softmax(z[:, self.spec.first_class :], 1)
+        p, log_p = every.exp(), self.own_log_p(every)
+        own_p = log_p.exp()
+        certain = own_p >= 1
+        rest = torch.where(certain, 1.0, 1 - own_p)
+        slope = rest**gamma * (gamma * own_p * log_p / rest - 1)
         slope = torch.where(certain & (gamma > 0), 0.0, slope)
         own = (a[POS] * g)[:, self.spec.first_class :] * slope
         gradient = own - p * own.sum(1, keepdim=True)
@@ -168,13 +186,13 @@ class Piece:
             # A target of 0 or 1 turns the logit around: no infinity is taken from another one.
             hit = g != 0
             s = torch.where(hit, z, -z)
-            loss = m * torch.exp(spec.focal_gamma * F.logsigmoid(-s)) * -F.logsigmoid(s)
+            loss = m * self.modulation(-s) * -F.logsigmoid(s)
             return {POS: torch.where(hit, loss, 0.0), NEG: torch.where(hit, 0.0, loss)}
         if spec.voxel_term == VoxelTerm.FOCAL_SIGMOID:
             bce = z * (1 - g) - F.logsigmoid(z)
-            loss = m * torch.exp(spec.focal_gamma * F.logsigmoid(-z * (2 * g - 1))) * bce
+            loss = m * self.modulation(-z * (2 * g - 1)) * bce
             return {POS: g * loss, NEG: (1 - g) * loss}
-        log_p = torch.log_softmax(z[:, spec.first_class :], 1)
+        log_p = self.own_log_p(torch.log_softmax(z[:, spec.first_class :], 1))
         loss = -log_p
         if spec.focal_gamma != 0:
             rest = 1 - log_p.exp()
@@ -194,19 +212,22 @@ def _piece_rows(piece: Piece, chunk: int) -> Tensor:
         terms[G] = m * g
     if rows & N:
         terms[N] = m.expand_as(g)
+    if rows & TN:
+        terms[TN] = m * (1 - piece.probabilities()) * (1 - g)
     if piece.spec.voxel_term != VoxelTerm.NONE:
         terms |= piece.voxel_terms()
     voxels = g.shape[2]
     chunks = max(1, -(-voxels // chunk))
     sums = []
-    for bit in (I, FP, FN, G, POS, NEG, LS, N):
-        if rows & bit:
+    for bit in (I, FP, FN, G, POS, NEG, LS, N, BAD, TN):
+        if rows & bit == BAD:
+            edges = (0, chunks - 1, 0, g.shape[1] - 1, 0, g.shape[0] - 1)
+            sums.append(F.pad(piece.bad.view(1, 1, 1), edges))
+        elif rows & bit:
             values = terms.get(bit)
             values = torch.zeros_like(g) if values is None else values
             values = F.pad(values, (0, chunks * chunk - voxels))
             sums.append(values.unflatten(2, (chunks, chunk)).sum(3, dtype=torch.float64))
-    if rows & BAD:
-        sums.append(F.pad(piece.bad.view(1, 1, 1), (0, chunks - 1, 0, g.shape[1] - 1, 0, g.shape[0] - 1)))
     return torch.stack(sums, -1).transpose(1, 2)
 
 
@@ -233,7 +254,7 @@ def sums(logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec) ->
     voxels = logits.shape[2:].numel()
     chunk = min(chunk_voxels(voxels), max(voxels, 1))
     if samples == 0 or voxels == 0:
-        width = len([bit for bit in (I, FP, FN, G, POS, NEG, LS, N, BAD) if spec.rows & bit])
+        width = spec.rows.bit_count()
         return torch.zeros(
             samples, chunk_count(voxels), classes, width, dtype=torch.float64, device=logits.device
         )
@@ -282,7 +303,7 @@ def ignored_labels(labels: Tensor, spec: SumsSpec) -> Tensor:
 
 def check_labels(slots: Tensor, target: Tensor, mask: Tensor | None, classes: int, spec: SumsSpec) -> None:
     """Raises LabelRangeError from the BAD row; only where reading it costs no synchronisation."""
-    count = int(slots[..., -1].sum())
+    count = int(slots[..., row_index(spec.rows, BAD)].sum())
     if count == 0:
         return
     labels = target.flatten().long()
@@ -327,10 +348,11 @@ def sums_backward(
     shared = out.data_ptr() == gradient.data_ptr()
     for first, count in _pieces(logits, min(chunk_voxels(voxels), voxels)):
         piece = Piece(*flat, spec, first, count)
-        bits = (I, FP, FN, POS, NEG, LS)
+        bits = (I, FP, FN, POS, NEG, LS, TN)
         zero = scaled.new_zeros(scaled.shape[:2])
         a = {bit: scaled[..., row_index(spec.rows, bit)] if spec.rows & bit else zero for bit in bits}
         a = {bit: value.unsqueeze(-1).to(piece.dtype) for bit, value in a.items()}
+        a[FP] = a[FP] - a[TN]  # (1 - p)(1 - g) falls where p (1 - g) rises
         part = torch.zeros_like(piece.z)
         if spec.rows & (I | FP | FN):
             part = part + piece.overlap_gradient(a)

@@ -2,10 +2,14 @@
 
 Shapes: logits (B, C, *S), raw unless no activation is asked for; target a label map (B, 1, *S) or
 (B, *S) of any dtype that holds integers with ``to_onehot_y=True``, else values (B, C, *S); mask
-(B, 1, *S) voxel weights that enter every sum linearly, in addition to the other options.
+(B, 1, *S) voxel weights that enter every sum linearly, in addition to the other options (but for
+:func:`masked_dice_loss`, where it multiplies prediction and target).
 
 One call makes one pass over the volume forward and one backward and keeps nothing of its size but
-the caller's own tensors. Formulas: docs/semantics.md; they are MONAI 1.6.1's unless said otherwise.
+the caller's own tensors. ``explain`` names what does not: an ``other_act``, maps, the two losses without
+kernels (:func:`generalized_wasserstein_dice_loss`, :func:`asymmetric_unified_focal_loss`).
+
+Formulas: docs/semantics.md; they are MONAI 1.6.1's unless said otherwise.
 All functions raise AssertionError, TypeError or ValueError, as MONAI, for arguments that do not fit,
 and LabelRangeError for a label outside [0, C) that is not ``ignore_index`` (CPU).
 """

@@ -127,9 +127,9 @@ def _unrounded(logits: Tensor, reduction: str) -> Tensor:
     return logits.float() if half else logits
 
 
-def _scaled(factor: float | Tensor, half: Tensor) -> Tensor:
+def _scaled(factor: Tensor | None, half: Tensor) -> Tensor:
     """In the dtype of the half, as by a number: a 0-dim tensor would promote it."""
-    return (factor * half).to(half.dtype)
+    return half if factor is None else (factor * half).to(half.dtype)
 
 
 def _with_focal(
@@ -204,6 +204,8 @@ def dice_focal_loss(
     reduction = checks.option("reduction", reduction, ("mean", "sum", "none"))
     checks.tensors(logits, target, mask)
     checks.dice_ce_shapes(logits, target)
+    region_lambda = checks.factor("lambda_dice", lambda_dice, logits)
+    voxel_lambda = checks.factor("lambda_focal", lambda_focal, logits)
     if isinstance(dice_weight, str):
         dice_weight = weight
     focal: dict[str, Any] = {
@@ -234,7 +236,7 @@ def dice_focal_loss(
             **focal,
         )
         voxel = focal_loss(logits, target, gamma=gamma, weight=weight, **focal, **balance)
-        return _scaled(lambda_dice, dice) + _scaled(lambda_focal, voxel)
+        return _scaled(region_lambda, dice) + _scaled(voxel_lambda, voxel)
     inputs = prepare(
         logits,
         target,
@@ -261,8 +263,7 @@ def dice_focal_loss(
     call = overlap_call(inputs, overlap_of(squared_pred, soft_label), finish)
     call.class_weight = checks.class_weight(checks.as_weight(dice_weight), inputs.classes)
     call = _with_focal(call, inputs, reduction, gamma, alpha, weight, use_softmax, ignore_index is not None)
-    call.region_lambda = checks.factor("lambda_dice", lambda_dice, logits)
-    call.voxel_lambda = checks.factor("lambda_focal", lambda_focal, logits)
+    call.region_lambda, call.voxel_lambda = region_lambda, voxel_lambda
     return like_input(call.run(), logits, target)
 
 
@@ -302,6 +303,8 @@ def generalized_dice_focal_loss(
     reduction = checks.option("reduction", reduction, ("mean", "sum", "none"))
     checks.tensors(logits, target, mask)
     checks.dice_ce_shapes(logits, target)
+    region_lambda = checks.factor("lambda_gdl", lambda_gdl, logits)
+    voxel_lambda = checks.factor("lambda_focal", lambda_focal, logits)
     focal: dict[str, Any] = {
         "include_background": include_background,
         "to_onehot_y": to_onehot_y,
@@ -325,7 +328,7 @@ def generalized_dice_focal_loss(
             **focal,
         )
         voxel = focal_loss(logits, target, gamma=gamma, weight=weight, **focal, **balance)
-        return _scaled(lambda_gdl, gdl) + _scaled(lambda_focal, voxel)
+        return _scaled(region_lambda, gdl) + _scaled(voxel_lambda, voxel)
     inputs = prepare(
         logits,
         target,
@@ -353,6 +356,5 @@ def generalized_dice_focal_loss(
     )
     call = overlap_call(inputs, overlap_of(False, soft_label), finish)
     call = _with_focal(call, inputs, reduction, gamma, alpha, weight, use_softmax, ignore_index is not None)
-    call.region_lambda = checks.factor("lambda_gdl", lambda_gdl, logits)
-    call.voxel_lambda = checks.factor("lambda_focal", lambda_focal, logits)
+    call.region_lambda, call.voxel_lambda = region_lambda, voxel_lambda
     return like_input(call.run(), logits, target)

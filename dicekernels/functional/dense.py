@@ -35,6 +35,13 @@ def ignores_fractions(logits: Tensor, target: Tensor, options: dict[str, Any]) -
     return target.ndim > 1 and 0 <= index < target.shape[1] != 1
 
 
+def in_range(labels: Tensor, classes: int, ignore_index: int | None) -> Tensor:
+    """Labels outside [0, classes) as 0, but for ``ignore_index``: a one-hot of them would end the process
+    off the CPU, where the fused check of the same labels has made the loss NaN."""
+    bad = (labels.long() < 0) | (labels.long() >= classes)
+    return labels.masked_fill(bad if ignore_index is None else bad & (labels != ignore_index), 0)
+
+
 def or_dense(oracle: Callable[..., Tensor], more: Reason | None = None) -> Callable[[_F], _F]:
     """Hands the oracle what has no kernel.
 
@@ -54,6 +61,7 @@ def or_dense(oracle: Callable[..., Tensor], more: Reason | None = None) -> Calla
                 dtype = torch.promote_types(logits.dtype, torch.float32)
             if not reason:
                 return function(logits, target, **options)
+            record_dense(reason)
             # The checks, warnings and dtype of the usual path, on a volume of at least one dimension.
             inputs, checked_options = [logits, target], {**options, "reduction": "mean"}
             if logits.ndim == 2:
@@ -63,9 +71,14 @@ def or_dense(oracle: Callable[..., Tensor], more: Reason | None = None) -> Calla
             with record():  # the call for the checks is not the evaluation that explain() tells of
                 checked = function(*inputs, **checked_options)
             checks.option("reduction", options.get("reduction", "mean"), ("mean", "sum", "none"))
-            record_dense(reason)
-            dense = oracle(plain(logits).to(dtype), plain(target), **options)
-            return like_input(dense.to(checked.dtype), logits, target)
+            values = plain(target)
+            labels = bool(options.get("to_onehot_y")) and logits.shape[1] > 1
+            if labels and values.device.type != "cpu":
+                values = in_range(values, logits.shape[1], options.get("ignore_index"))
+            dense = oracle(plain(logits).to(dtype), values, **options).to(checked.dtype)
+            if labels and values.device.type != "cpu":
+                dense = torch.where(checked.detach().isnan(), torch.nan, dense)
+            return like_input(dense, logits, target)
 
         return cast(_F, loss)
 

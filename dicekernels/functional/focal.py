@@ -24,7 +24,7 @@ def focal_dense_reason(logits: Tensor, target: Tensor, options: dict[str, Any]) 
         return 'reduction="none" of the focal loss is a map of the size of the logits'
     alpha = options.get("alpha")
     soft = target.is_floating_point() and (logits.shape[1] == 1 or not options.get("to_onehot_y"))
-    if alpha is None or isinstance(alpha, (float, int)) or options.get("use_softmax") or not soft:
+    if alpha is None or options.get("use_softmax") or not soft or torch.as_tensor(alpha).ndim == 0:
         return ""
     return "an alpha of each class acts only where a soft target is 1, which no sum over the voxels tells"
 
@@ -38,7 +38,7 @@ def focal_factors(
     ones = torch.ones(inputs.classes, dtype=torch.float64, device=inputs.logits.device)
     pos = neg = ones if weight is None else ones * weight.to(ones).reshape(-1)
     if alpha is not None:
-        balance = alpha.to(ones) if isinstance(alpha, Tensor) else ones.new_tensor(alpha)
+        balance = alpha.to(ones) if isinstance(alpha, Tensor) else ones.new_full((), alpha)
         if balance.ndim > 0:
             pos = pos * balance
         elif use_softmax:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import checks, dispatch, reference
 from ..autograd import total_sums
 from ..evaluate import Call
-from ..prepare import OtherAct, like_input, plain, prepare
+from ..prepare import OtherAct, kernel_dtype, like_input, plain, prepare
 from ..spec import Activation, FinishSpec, Formula, G, Overlap, Reduction, SumsSpec
 from ..terms import ones_shape, overlap_call, overlap_of, reduction_of, terms_shape
 from .dense import or_dense
@@ -123,7 +123,7 @@ def _masked(
     soft_label: bool,
 ) -> Tensor:
     labels = to_onehot_y and logits.shape[1] > 1
-    raw_target, m = plain(target), plain(mask)
+    raw_target, m = kernel_dtype(plain(target)), kernel_dtype(plain(mask))
     if labels:
         # Fractions: 0.5 * 3 is label 1 after MONAI's truncation.
         channel = raw_target[:, None] if raw_target.ndim == logits.ndim - 1 else raw_target
@@ -159,9 +159,12 @@ def _masked(
     if labels and (m.requires_grad or (overlap != Overlap.PRODUCT and m.dtype != torch.bool)):
         # Not linear in a fractional mask: p m is made, and read as it is.
         working = torch.promote_types(inputs.logits.dtype, torch.float32)
-        inputs.logits = _activated(inputs.logits.to(working), inputs.activation) * m
+        quiet = reference.rows.quiet(inputs.logits.to(working), m)
+        inputs.logits = reference.rows.quiet(_activated(quiet, inputs.activation), m) * m
         inputs.activation, inputs.mask = Activation.NONE, None
         inputs.notes += ("p times the mask is made in PyTorch and kept for backward",)
+    if labels:
+        inputs.notes += ("the label map times the mask is made once and kept for backward",)
     call = overlap_call(inputs, overlap, finish)
     call.class_weight = checks.class_weight(checks.as_weight(weight), inputs.classes)
     if labels and inputs.mask is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import checks, functional
 from ..evaluate import record_line
-from .halves import TwoHalves, hooked
+from .halves import TwoHalves
 from .overlap import DiceLoss
 
 
@@ -111,7 +111,7 @@ class DiceCELoss(TwoHalves):
             return "a half is another module"
         if type(self).ce is not DiceCELoss.ce or type(self).bce is not DiceCELoss.bce:
             return "ce or bce is overridden"
-        if hooked(*halves):
+        if checks.hooked(*halves):
             return "a half has hooks"
         voxel: nn.CrossEntropyLoss | nn.BCEWithLogitsLoss = (
             self.binary_cross_entropy if binary else self.cross_entropy

@@ -14,7 +14,7 @@ from ..evaluate import record_line
 from ..functional.focal import Alpha
 from ..prepare import dense_labels
 from ..scripting import scriptable
-from .halves import TwoHalves, hooked
+from .halves import TwoHalves
 from .overlap import DiceLoss, GeneralizedDiceLoss
 
 
@@ -76,7 +76,7 @@ def _apart_reason(overlap: DiceLoss | GeneralizedDiceLoss, kind: type, focal: Fo
     """Why the halves cannot share one pass, or ""."""
     if type(overlap) is not kind or type(focal) is not FocalLoss:
         return "a half is another module"
-    if hooked(overlap, focal):
+    if checks.hooked(overlap, focal):
         return "a half has hooks"
     if overlap.reduction != focal.reduction:
         return "the reductions of the halves differ"
@@ -168,7 +168,7 @@ class DiceFocalLoss(TwoHalves):
             checks.dice_ce_shapes(input, target)
             record_line(f"two passes: {reason}")
             if self.to_onehot_y:
-                target = dense_labels(target, input)
+                target = dense_labels(target, input, dice.ignore_index)
             more = {} if mask is None else {"mask": mask}
             total: Tensor = self.lambda_dice * dice(input, target, **more)
             total = total + self.lambda_focal * focal(input, target, **more)

@@ -20,11 +20,6 @@ def _factor(value: float, before: Tensor | None) -> Tensor:
         return torch.tensor(value, dtype=torch.float64, device=device)
 
 
-def hooked(*halves: nn.Module) -> bool:
-    """Whether calling a half would run somebody's hooks."""
-    return any(half._forward_hooks or half._forward_pre_hooks or half._backward_hooks for half in halves)
-
-
 class TwoHalves(_Loss):
     """A loss whose lambdas live in 0-dim non-persistent buffers, so that a warm-up recompiles nothing.
 

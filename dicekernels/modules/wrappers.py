@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
+from .. import checks
 from ..prepare import kernel_dtype, like_input, plain
 from ..scripting import scriptable
 from .compound import DiceCELoss
@@ -83,7 +84,8 @@ class DeepSupervisionLoss(_Loss):
             target = _resized(target, space, self.interp_mode)
         if mask is None:
             return self.loss(input, target)
-        return self.loss(input, target, mask=_resized(mask, space, "nearest-exact"))
+        mode = self.interp_mode if self.interp_mode in PICKS else PICKS[0]
+        return self.loss(input, target, mask=_resized(mask, space, mode))
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles in place of this module."""
@@ -206,8 +208,7 @@ def _reads_half(loss: Callable[..., Tensor], output: Tensor) -> bool:
         return False
     # An activation or hooks of the user's see the output itself.
     return not any(
-        getattr(module, "other_act", None) is not None or module._forward_pre_hooks or module._forward_hooks
-        for module in loss.modules()
+        getattr(module, "other_act", None) is not None or checks.hooked(module) for module in loss.modules()
     )
 
 

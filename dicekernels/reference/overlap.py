@@ -14,6 +14,7 @@ from .rows import (
     channel_of_labels,
     dense_target,
     ignore_mask,
+    known_labels,
     quiet,
     region_sums,
     voxel_sum,
@@ -233,7 +234,7 @@ def masked_inputs(
     weight = ones if mask is None else ones * mask.to(logits.dtype)
     m = valid * weight
     if to_onehot_y:
-        labels = torch.where(m == 0, 0, labels)
+        labels = known_labels(labels, m, logits.shape[1])
     return quiet(logits, m), quiet(dense_target(logits, labels, to_onehot_y), m), valid, weight
 
 

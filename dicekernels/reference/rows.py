@@ -65,7 +65,7 @@ def region_sums(
     m = product * weight
 
     if to_onehot_y:
-        labels = torch.where(m == 0, 0, labels)
+        labels = known_labels(labels, m, logits.shape[1])
     z = quiet(logits, m)
     g = quiet(dense_target(logits, labels, to_onehot_y), m)
     p = quiet(activate(z, activation), m)
@@ -160,6 +160,12 @@ def dense_target(logits: Tensor, target: Tensor, to_onehot_y: bool) -> Tensor:
     if target.shape != logits.shape:
         raise ValueError(f"target: got dense shape {tuple(target.shape)}, expected {tuple(logits.shape)}")
     return target.to(logits.dtype)
+
+
+def known_labels(labels: Tensor, m: Tensor, classes: int) -> Tensor:
+    """Masked-out labels outside [0, classes) as 0. Others stay: the slope in the mask is theirs."""
+    unknown = (labels.long() < 0) | (labels.long() >= classes)
+    return torch.where((m == 0) & unknown, 0, labels)
 
 
 def channel_of_labels(logits: Tensor, target: Tensor, to_onehot_y: bool) -> Tensor:

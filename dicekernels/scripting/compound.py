@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import checks
 from . import rows
 from .focal import Focal
 from .overlap import Dice, GeneralizedDice
@@ -37,8 +38,7 @@ class Halves(Twin):
             half = getattr(loss, name)
             other = f"{type(half).__module__}.{type(half).__qualname__}"
             refuse(loss, f"its {name} is {other}" if other != kind else "")
-            hooks = half._forward_hooks or half._forward_pre_hooks or half._backward_hooks
-            refuse(loss, f"its {name} has hooks" if hooks else "")
+            refuse(loss, f"its {name} has hooks" if checks.hooked(half) else "")
         buffers = {name: value for name, value in loss._buffers.items() if name not in factors.values()}
         return super().of(loss, _buffers=buffers, **changed)
 

@@ -74,7 +74,7 @@ class Focal(Twin):
         else:
             signed = z * (2 * g - 1)
             entropy = -F.logsigmoid(signed) if one_hot else z - z * g - F.logsigmoid(z)
-            loss = torch.exp(gamma * F.logsigmoid(-signed)) * entropy
+            loss = entropy if gamma == 0.0 else torch.exp(gamma * F.logsigmoid(-signed)) * entropy
         if self.alpha is not None:
             if isinstance(self.alpha, float) and self.use_softmax and not self.include_background:
                 warnings.warn(

@@ -51,7 +51,8 @@ class DeepSupervision(Twin):
                 resized = self.resized(target, space, self.interp_mode)
             weights: Tensor | None = None
             if mask is not None:
-                weights = self.resized(mask, space, "nearest-exact")
+                picks = self.interp_mode == "nearest"
+                weights = self.resized(mask, space, "nearest" if picks else "nearest-exact")
             value = self.of_level(output.float(), resized, weights)
             if value.ndim > 0:
                 raise RuntimeError(
