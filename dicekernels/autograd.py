@@ -41,8 +41,9 @@ def fused_loss(
         loss, _ = getattr(torch.ops, namespace).loss(*tensors, *numbers, dtype)
     else:
         function = ops.FusedLoss if torch.compiler.is_compiling() else TransformableLoss
-        loss, _ = function.apply(*tensors, spec, namespace, dtype)  # type: ignore[no-untyped-call]
-    return loss  # type: ignore[no-any-return]
+        loss, _ = function.apply(*tensors, spec, namespace, dtype)  # type: ignore[no-untyped-call]  # torch's
+    result: Tensor = loss
+    return result
 
 
 def total_sums(logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec, namespace: str) -> Tensor:
@@ -51,8 +52,9 @@ def total_sums(logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSp
         totals = getattr(torch.ops, namespace).totals(logits, target, mask, *spec.args())
     else:
         function = ops.RegionSums if torch.compiler.is_compiling() else TransformableSums
-        totals = function.apply(logits, target, mask, spec, namespace)  # type: ignore[no-untyped-call]
-    return totals  # type: ignore[no-any-return]
+        totals = function.apply(logits, target, mask, spec, namespace)  # type: ignore[no-untyped-call]  # torch's
+    result: Tensor = totals
+    return result
 
 
 class TransformableSums(ops.RegionSums):

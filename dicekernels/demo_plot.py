@@ -30,6 +30,7 @@ LAYOUT = [
 def draw(result: Result, path: Path) -> None:
     """Write the picture of a finished result to ``path`` (PNG)."""
     figure = Figure(figsize=(13, 12), layout="constrained")
+    # matplotlib types the layout as an invariant list of its own.
     axes: dict[str, Axes] = figure.subplot_mosaic(LAYOUT, height_ratios=[1, 1.25, 1])  # type: ignore[arg-type]
     volume = result.volume
     steps = len(result.curve[MONAI])

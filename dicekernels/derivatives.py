@@ -49,7 +49,7 @@ def _of(
         given = dict(zip(positions, values, strict=True))
         return function(*(given.get(i, tensor) for i, tensor in enumerate(tensors)))
 
-    return torch.func.vjp(partial, *(tensors[i] for i in positions))  # type: ignore[return-value]
+    return torch.func.vjp(partial, *(tensors[i] for i in positions))  # type: ignore[return-value]  # torch's union with has_aux
 
 
 def pulled(
@@ -105,8 +105,10 @@ class Gradient(torch.autograd.Function):
     ) -> Tensor:
         op = getattr(torch.ops, namespace).sums_backward
         if isinstance(spec, LossSpec):
-            return op(grad, logits, target, mask, coef, *spec.sums.args())  # type: ignore[no-any-return]
-        return op(None, logits, target, mask, grad, *spec.args())  # type: ignore[no-any-return]
+            gradient: Tensor = op(grad, logits, target, mask, coef, *spec.sums.args())
+        else:
+            gradient = op(None, logits, target, mask, grad, *spec.args())
+        return gradient
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

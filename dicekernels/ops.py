@@ -209,9 +209,11 @@ def call_sums(namespace: str, logits: Tensor, target: Tensor, mask: Tensor | Non
     """The op ``sums``; a label out of range raises LabelRangeError."""
     op = getattr(torch.ops, namespace).sums
     if torch.compiler.is_compiling():
-        return op(logits, target, mask, *spec.args())  # type: ignore[no-any-return]
+        traced: Tensor = op(logits, target, mask, *spec.args())
+        return traced
     try:
-        return op(logits, target, mask, *spec.args())  # type: ignore[no-any-return]
+        slots: Tensor = op(logits, target, mask, *spec.args())
+        return slots
     except LabelRangeError:
         raise
     except RuntimeError as error:
@@ -241,7 +243,7 @@ class RegionSums(torch.autograd.Function):
         logits, target, mask = ctx.saved_tensors
         if _wants_graph():
             rest = (*(None,) * 5, ctx.spec, ctx.namespace, grad.dtype)
-            gradient = Gradient.apply(grad, None, logits, target, mask, *rest)  # type: ignore[no-untyped-call]
+            gradient = Gradient.apply(grad, None, logits, target, mask, *rest)  # type: ignore[no-untyped-call]  # torch's apply
         else:
             op = getattr(torch.ops, ctx.namespace).sums_backward
             gradient = op(None, logits, target, mask, grad, *ctx.spec.args())
@@ -293,7 +295,7 @@ class FusedLoss(torch.autograd.Function):
             return (None,) * 11
         if _wants_graph():
             rest = (*weights, ctx.spec, ctx.namespace, ctx.dtype)
-            gradient = Gradient.apply(grad_loss, coef, logits, target, mask, *rest)  # type: ignore[no-untyped-call]
+            gradient = Gradient.apply(grad_loss, coef, logits, target, mask, *rest)  # type: ignore[no-untyped-call]  # torch's apply
         else:
             op = getattr(torch.ops, ctx.namespace).sums_backward
             gradient = op(grad_loss, logits, target, mask, coef, *ctx.spec.sums.args())

@@ -58,7 +58,7 @@ def like_input(loss: Tensor, *inputs: Tensor | None) -> Tensor:
     """The loss as MetaTensor if an input was one, as MONAI returns it."""
     for tensor in inputs:
         if type(tensor).__name__ == "MetaTensor":
-            return type(tensor)(loss)  # type: ignore[misc]
+            return type(tensor)(loss)  # type: ignore[misc]  # MetaTensor is known by name alone
     return loss
 
 

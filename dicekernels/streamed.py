@@ -51,7 +51,8 @@ def streamed_sums(
     if torch.is_grad_enabled() and logits.requires_grad:
         # What was made under inference_mode cannot be saved for backward.
         others = tuple(x.clone() if x is not None and x.is_inference() else x for x in others)
-    return _StreamedSums.apply(terms, logits, *others)  # type: ignore[no-any-return, no-untyped-call]
+    sums: Tensor = _StreamedSums.apply(terms, logits, *others)  # type: ignore[no-untyped-call]  # torch's
+    return sums
 
 
 def voxel_sums(x: Tensor) -> Tensor:
@@ -73,6 +74,7 @@ def sums_by_label(x: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 def traced() -> bool:
     """Whether torch.compile, torch.export or torch.jit.trace follows this call and may read no tensor."""
+    # torch documents is_tracing, but neither exports nor types it.
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return torch.compiler.is_compiling() or tracing
 

@@ -17,14 +17,21 @@ from .spec import (
     FinishSpec,
     Formula,
     G,
+    GdlWeight,
     LossSpec,
     N,
     Overlap,
     Reduction,
     SumsSpec,
+    Transform,
     VoxelTerm,
 )
 
+_GDL_WEIGHTS = {
+    "square": GdlWeight.SQUARE,
+    "simple": GdlWeight.SIMPLE,
+    "uniform": GdlWeight.UNIFORM,
+}
 _REDUCTIONS = {"none": Reduction.NONE, "mean": Reduction.MEAN, "sum": Reduction.SUM}
 
 
@@ -35,6 +42,44 @@ def reduction_of(value: str) -> Reduction:
 def overlap_of(squared_pred: bool, soft_label: bool) -> Overlap:
     """squared_pred wins over soft_label, as in MONAI."""
     return Overlap.SQUARED if squared_pred else Overlap.MIN if soft_label else Overlap.PRODUCT
+
+
+def dice_finish(
+    inputs: Inputs,
+    jaccard: bool,
+    smooth_nr: float,
+    smooth_dr: float,
+    batch: bool,
+    reduction: str,
+    transform: Transform = Transform.LINEAR,
+) -> FinishSpec:
+    """The Dice ratio; ``jaccard`` counts every error twice."""
+    return FinishSpec(
+        Formula.RATIO,
+        alpha=2.0 if jaccard else 1.0,
+        beta=2.0 if jaccard else 1.0,
+        smooth_nr=checks.constant("smooth_nr", smooth_nr),
+        smooth_dr=checks.constant("smooth_dr", smooth_dr),
+        transform=transform,
+        skipped=inputs.skipped,
+        batch=batch,
+        reduction=reduction_of(reduction),
+    )
+
+
+def generalized_finish(
+    inputs: Inputs, w_type: str, smooth_nr: float, smooth_dr: float, batch: bool, reduction: str
+) -> FinishSpec:
+    """The generalized Dice ratio."""
+    return FinishSpec(
+        Formula.GENERALIZED,
+        smooth_nr=checks.constant("smooth_nr", smooth_nr),
+        smooth_dr=checks.constant("smooth_dr", smooth_dr),
+        gdl_weight=_GDL_WEIGHTS[checks.option("w_type", w_type, tuple(_GDL_WEIGHTS))],
+        skipped=inputs.skipped,
+        batch=batch,
+        reduction=reduction_of(reduction),
+    )
 
 
 def overlap_call(inputs: Inputs, overlap: Overlap, finish: FinishSpec) -> Call:

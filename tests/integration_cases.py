@@ -47,12 +47,12 @@ class Step(nn.Module):
         logits = self.layer(logits)
         if self.name == "AsymmetricUnifiedFocalLoss":  # takes probabilities
             wide = torch.promote_types(logits.dtype, torch.float32)
-            return self.loss(torch.softmax(logits, 1, dtype=wide), target)  # type: ignore[no-any-return]
+            return self.loss(torch.softmax(logits, 1, dtype=wide), target)
         if self.name == "DeepSupervisionLoss":
-            return self.loss([logits, logits[..., ::2, ::2, ::2]], target)  # type: ignore[no-any-return]
+            return self.loss([logits, logits[..., ::2, ::2, ::2]], target)
         if self.name.startswith("Masked"):
-            return self.loss(logits, target, mask)  # type: ignore[no-any-return]
-        return self.loss(logits, target)  # type: ignore[no-any-return]
+            return self.loss(logits, target, mask)
+        return self.loss(logits, target)
 
 
 def channels(name: str) -> int:

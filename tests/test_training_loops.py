@@ -64,7 +64,7 @@ def loader_of_meta_tensors(dtype: torch.dtype) -> DataLoader[Any]:
 def lightning_losses(loss: nn.Module, dtype: torch.dtype, folder: Path, **options: Any) -> Tensor:
     lightning = pytest.importorskip("lightning.pytorch")
 
-    class Segmentation(lightning.LightningModule):  # type: ignore[misc, name-defined]
+    class Segmentation(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.network, self.loss, self.losses = network(dtype), loss, []
@@ -72,7 +72,7 @@ def lightning_losses(loss: nn.Module, dtype: torch.dtype, folder: Path, **option
         def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
             value = self.loss(self.network(batch["image"]), batch["label"])
             self.losses.append(value.item())
-            return value  # type: ignore[no-any-return]
+            return value
 
         def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
             self.log("validation", self.loss(self.network(batch["image"]), batch["label"]))
@@ -113,7 +113,7 @@ def monai_losses(loss: nn.Module, dtype: torch.dtype) -> Tensor:
     )
     losses: list[float] = []
 
-    @trainer.on(Events.ITERATION_COMPLETED)  # type: ignore[untyped-decorator]
+    @trainer.on(Events.ITERATION_COMPLETED)
     def keep() -> None:
         losses.append(float(trainer.state.output[0]["loss"]))  # one output for each sample
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from .. import checks, reference
 from ..evaluate import Call
 from ..prepare import Inputs, OtherAct, like_input, prepare, warn_single_channel
-from ..spec import Denominator, FinishSpec, Formula, LossSpec
-from ..terms import ce_term, focal_term, overlap_call, overlap_of, reduction_of
+from ..spec import Denominator, LossSpec
+from ..terms import ce_term, dice_finish, focal_term, generalized_finish, overlap_call, overlap_of
 from .dense import ignores_fractions, or_dense
 from .focal import Alpha, focal_dense_reason, focal_factors, focal_loss, void_alpha
-from .overlap import GDL_WEIGHTS, dice_loss, generalized_dice_loss
+from .overlap import dice_loss, generalized_dice_loss
 
 
 @or_dense(reference.dice_ce_loss)
@@ -79,14 +79,10 @@ def dice_ce_loss(
     voxel_weight = checks.ce_weight(voxel_weight, logits.shape[1])
     term = ce_term(inputs, reduction, voxel_weight is not None, label_smoothing, ce_include_background)
     finish = dataclasses.replace(
-        term.finish,
-        formula=Formula.RATIO,
-        alpha=2.0 if jaccard else 1.0,
-        beta=2.0 if jaccard else 1.0,
-        smooth_nr=checks.constant("smooth_nr", smooth_nr),
-        smooth_dr=checks.constant("smooth_dr", smooth_dr),
-        skipped=inputs.skipped,
-        batch=batch,
+        dice_finish(inputs, jaccard, smooth_nr, smooth_dr, batch, reduction),
+        label_smoothing=term.finish.label_smoothing,
+        denominator=term.finish.denominator,
+        voxel_skipped=term.finish.voxel_skipped,
     )
     call = overlap_call(inputs, overlap_of(squared_pred, soft_label), finish)
     call.class_weight = class_weight
@@ -250,16 +246,7 @@ def dice_focal_loss(
     )
     if not include_background and logits.shape[1] == 1:
         warn_single_channel("include_background=False")  # MONAI's halves both warn
-    finish = FinishSpec(
-        Formula.RATIO,
-        alpha=2.0 if jaccard else 1.0,
-        beta=2.0 if jaccard else 1.0,
-        smooth_nr=checks.constant("smooth_nr", smooth_nr),
-        smooth_dr=checks.constant("smooth_dr", smooth_dr),
-        skipped=inputs.skipped,
-        batch=batch,
-        reduction=reduction_of(reduction),
-    )
+    finish = dice_finish(inputs, jaccard, smooth_nr, smooth_dr, batch, reduction)
     call = overlap_call(inputs, overlap_of(squared_pred, soft_label), finish)
     call.class_weight = checks.class_weight(checks.as_weight(dice_weight), inputs.classes)
     call = _with_focal(call, inputs, reduction, gamma, alpha, weight, use_softmax, ignore_index is not None)
@@ -345,15 +332,7 @@ def generalized_dice_focal_loss(
             warn_single_channel("to_onehot_y=True")
         if not include_background:
             warn_single_channel("include_background=False")
-    finish = FinishSpec(
-        Formula.GENERALIZED,
-        smooth_nr=checks.constant("smooth_nr", smooth_nr),
-        smooth_dr=checks.constant("smooth_dr", smooth_dr),
-        gdl_weight=GDL_WEIGHTS[checks.option("w_type", w_type, tuple(GDL_WEIGHTS))],
-        skipped=inputs.skipped,
-        batch=batch,
-        reduction=reduction_of(reduction),
-    )
+    finish = generalized_finish(inputs, w_type, smooth_nr, smooth_dr, batch, reduction)
     call = overlap_call(inputs, overlap_of(False, soft_label), finish)
     call = _with_focal(call, inputs, reduction, gamma, alpha, weight, use_softmax, ignore_index is not None)
     call.region_lambda, call.voxel_lambda = region_lambda, voxel_lambda

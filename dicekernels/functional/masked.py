@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from .. import checks, dispatch, reference
 from ..autograd import total_sums
 from ..evaluate import Call
 from ..prepare import OtherAct, kernel_dtype, like_input, plain, prepare
-from ..spec import Activation, FinishSpec, Formula, G, Overlap, Reduction, SumsSpec
-from ..terms import ones_shape, overlap_call, overlap_of, reduction_of, terms_shape
+from ..spec import Activation, G, Overlap, Reduction, SumsSpec
+from ..terms import dice_finish, ones_shape, overlap_call, overlap_of, terms_shape
 from .dense import or_dense
 from .overlap import dice_loss
 
@@ -53,7 +54,7 @@ def masked_dice_loss(
         ValueError: another batch size, or more than one channel of mask.
         RuntimeError: a mask that does not broadcast to (B, 1, *S).
     """
-    options = {
+    options: dict[str, Any] = {
         "include_background": include_background,
         "to_onehot_y": to_onehot_y,
         "sigmoid": sigmoid,
@@ -71,9 +72,9 @@ def masked_dice_loss(
     if mask is None:
         if not torch.compiler.is_compiling():
             warnings.warn("No mask value specified for the MaskedLoss.", UserWarning, stacklevel=3)
-        return dice_loss(logits, target, **options)  # type: ignore[arg-type]
+        return dice_loss(logits, target, **options)
     checks.tensors(logits, target, mask)
-    return _masked(logits, target, mask=_fitted(mask, logits, target), **options)  # type: ignore[arg-type]
+    return _masked(logits, target, mask=_fitted(mask, logits, target), **options)
 
 
 def _fitted(mask: Tensor, logits: Tensor, target: Tensor) -> Tensor:
@@ -145,16 +146,7 @@ def _masked(
     if not labels:
         inputs.product_mask = True
     inputs.dtype = torch.promote_types(inputs.dtype, m.dtype)
-    finish = FinishSpec(
-        Formula.RATIO,
-        alpha=2.0 if jaccard else 1.0,
-        beta=2.0 if jaccard else 1.0,
-        smooth_nr=checks.constant("smooth_nr", smooth_nr),
-        smooth_dr=checks.constant("smooth_dr", smooth_dr),
-        skipped=inputs.skipped,
-        batch=batch,
-        reduction=reduction_of(reduction),
-    )
+    finish = dice_finish(inputs, jaccard, smooth_nr, smooth_dr, batch, reduction)
     overlap = overlap_of(squared_pred, soft_label)
     if labels and (m.requires_grad or (overlap != Overlap.PRODUCT and m.dtype != torch.bool)):
         # Not linear in a fractional mask: p m is made, and read as it is.

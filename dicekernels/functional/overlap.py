@@ -7,15 +7,17 @@ from torch import Tensor
 
 from .. import checks, reference
 from ..prepare import OtherAct, like_input, prepare
-from ..spec import FinishSpec, Formula, GdlWeight, Overlap, Reduction, Transform
-from ..terms import ones_shape, overlap_call, overlap_of, reduction_of, terms_shape
+from ..spec import FinishSpec, Formula, Overlap, Reduction, Transform
+from ..terms import (
+    dice_finish,
+    generalized_finish,
+    ones_shape,
+    overlap_call,
+    overlap_of,
+    reduction_of,
+    terms_shape,
+)
 from .dense import or_dense
-
-GDL_WEIGHTS = {
-    "square": GdlWeight.SQUARE,
-    "simple": GdlWeight.SIMPLE,
-    "uniform": GdlWeight.UNIFORM,
-}
 
 
 @or_dense(reference.dice_loss)
@@ -59,17 +61,8 @@ def dice_loss(
         other_act,
         ignore_index,
     )
-    finish = FinishSpec(
-        Formula.RATIO,
-        alpha=2.0 if jaccard else 1.0,
-        beta=2.0 if jaccard else 1.0,
-        smooth_nr=checks.constant("smooth_nr", smooth_nr),
-        smooth_dr=checks.constant("smooth_dr", smooth_dr),
-        transform=Transform.LOG if log_loss else Transform.LINEAR,
-        skipped=inputs.skipped,
-        batch=batch,
-        reduction=reduction_of(reduction),
-    )
+    transform = Transform.LOG if log_loss else Transform.LINEAR
+    finish = dice_finish(inputs, jaccard, smooth_nr, smooth_dr, batch, reduction, transform)
     call = overlap_call(inputs, overlap_of(squared_pred, soft_label), finish)
     call.class_weight = checks.class_weight(checks.as_weight(weight), inputs.classes)
     if finish.reduction == Reduction.NONE:
@@ -115,15 +108,7 @@ def generalized_dice_loss(
         other_act,
         ignore_index,
     )
-    finish = FinishSpec(
-        Formula.GENERALIZED,
-        smooth_nr=checks.constant("smooth_nr", smooth_nr),
-        smooth_dr=checks.constant("smooth_dr", smooth_dr),
-        gdl_weight=GDL_WEIGHTS[checks.option("w_type", w_type, tuple(GDL_WEIGHTS))],
-        skipped=inputs.skipped,
-        batch=batch,
-        reduction=reduction_of(reduction),
-    )
+    finish = generalized_finish(inputs, w_type, smooth_nr, smooth_dr, batch, reduction)
     call = overlap_call(inputs, overlap_of(False, soft_label), finish)
     call.dtype = torch.promote_types(call.dtype, torch.float32)  # MONAI's weights are float32
     if finish.reduction == Reduction.NONE:

@@ -95,13 +95,15 @@ class DiceCELoss(TwoHalves):
             target = target.squeeze(1).long()
         elif not target.is_floating_point():
             target = target.to(input.dtype)
-        return self.cross_entropy(input, target)  # type: ignore[no-any-return]
+        loss: Tensor = self.cross_entropy(input, target)
+        return loss
 
     def bce(self, input: Tensor, target: Tensor) -> Tensor:
         """The binary half for one channel alone, in PyTorch; a subclass may override it."""
         if not target.is_floating_point():
             target = target.to(input.dtype)
-        return self.binary_cross_entropy(input, target)  # type: ignore[no-any-return]
+        loss: Tensor = self.binary_cross_entropy(input, target)
+        return loss
 
     def _apart_reason(self, binary: bool) -> str:
         """Why the halves cannot share one pass, or ""."""

@@ -67,7 +67,7 @@ class TwoHalves(_Loss):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TwoHalves:
         """As in Module, but ``half()`` leaves the factors in float64, and ``to_empty`` their values."""
         kept = {name: self._buffers[name] for name in self.FACTORS.values() if name in self._buffers}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
         for name, value in kept.items():
             moved = self._buffers[name]
             if value is not None and moved is not None and not moved.is_meta:

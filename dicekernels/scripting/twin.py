@@ -66,6 +66,7 @@ class Twin(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """The loss may have changed since this twin was made."""
+        # Every loss that has a twin has this method, which nn.Module does not know.
         return self.original[0].__prepare_scriptable__()  # type: ignore[operator,no-any-return]
 
 
