@@ -99,7 +99,7 @@ def interleave(
 
     Before the first round every step runs ``warm_up`` times. Before each timed step the same step
     runs ``settle`` times untimed: what a neighbour left in the caches then is nobody's gain or
-    loss. ``flush`` runs after those, right before the clock starts.
+    loss. ``flush`` runs after those, right before each half.
     """
     clock = _time_on_gpu if torch.device(device).type == "cuda" else _time_on_cpu
     for step in steps.values():
@@ -110,9 +110,7 @@ def interleave(
         for name, step in steps.items():
             for _ in range(settle):
                 step.backward(step.forward())
-            if flush is not None:
-                flush()
-            samples[name].append(clock(step))
+            samples[name].append(clock(step, flush or (lambda: None)))
     return samples
 
 
@@ -156,6 +154,53 @@ def profiled_memory(
     forward_peak, kept = _peak_and_end(first)
     backward_peak, _ = _peak_and_end(second)
     return Memory(forward_peak, kept, backward_peak)
+
+
+def allocated_memory(forward: Callable[[], Tensor], backward: Callable[[Tensor], Any]) -> Memory:
+    """As ``profiled_memory``, from the counters of the CUDA allocator: bytes asked for, not rounded up."""
+
+    def measured(call: Callable[[], Any]) -> tuple[Any, int, int]:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+        result = call()
+        after = torch.cuda.memory_stats()
+        kept = after["requested_bytes.all.current"] - before
+        return result, after["requested_bytes.all.peak"] - before, kept
+
+    gc.collect()
+    loss, forward_peak, kept = measured(forward)
+    _gradient, backward_peak, _ = measured(lambda: backward(loss))
+    return Memory(forward_peak, kept, backward_peak)
+
+
+def copy_bandwidth(size: int = 1 << 31, rounds: int = 20) -> dict[str, float]:
+    """Gigabytes per second, read plus written, of a copy of ``size`` bytes on the GPU: what memory can do."""
+    source = torch.empty(size // 4, dtype=torch.int32, device="cuda").random_()
+    target = torch.empty_like(source)
+    copy = Step(lambda: target.copy_(source), lambda _: None)
+    taken = [sample.forward for sample in interleave({"": copy}, rounds, "cuda")[""]]
+    return {
+        "bytes": 2 * size,
+        "gb_per_s": 2 * size / statistics.median(taken) / 1e6,
+        "best_gb_per_s": 2 * size / min(taken) / 1e6,
+    }
+
+
+def empty_launches(count: int = 3, rounds: int = 50) -> float:
+    """Milliseconds of ``count`` kernels that do nothing, one after the other (median)."""
+    import triton
+
+    @triton.jit
+    def nothing():  # type: ignore[no-untyped-def]
+        pass
+
+    def launch() -> None:
+        for _ in range(count):
+            nothing[(1,)]()
+
+    taken = interleave({"": Step(launch, lambda _: None)}, rounds, "cuda")[""]
+    return statistics.median(sample.forward for sample in taken)
 
 
 def subprocess_resident(code: str, setup: str = "", threads: int | None = None) -> Resident:
@@ -217,27 +262,43 @@ print(1024 * before, 1024 * peak, 1024 * after)
 """
 
 
-def _time_on_cpu(step: Step) -> Sample:
+def _time_on_cpu(step: Step, flush: Callable[[], Any]) -> Sample:
+    flush()
     faults = minor_faults()
     start = time.perf_counter()
     loss = step.forward()
     middle = time.perf_counter()
+    faults = minor_faults() - faults
+    flush()
+    faults_before = minor_faults()
+    again = time.perf_counter()
     # Bound to a name: freeing the gradient is the optimizer's time, not the loss's.
     _gradient = step.backward(loss)
     end = time.perf_counter()
-    return Sample(1e3 * (middle - start), 1e3 * (end - middle), minor_faults() - faults)
+    faults += minor_faults() - faults_before
+    return Sample(1e3 * (middle - start), 1e3 * (end - again), faults)
 
 
-def _time_on_gpu(step: Step) -> Sample:
-    start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+# About a millisecond of a GPU. Meanwhile the host queues all launches of a half, which then follow each
+# other as in a training step with work ahead of it: the events see no gap that is the host's.
+LEAD_CYCLES = 2_000_000
+
+
+def _time_on_gpu(step: Step, flush: Callable[[], Any]) -> Sample:
+    start, middle, again, end = (torch.cuda.Event(enable_timing=True) for _ in range(4))
     torch.cuda.synchronize()
+    flush()
+    torch.cuda._sleep(LEAD_CYCLES)
     start.record()
     loss = step.forward()
     middle.record()
+    flush()
+    torch.cuda._sleep(LEAD_CYCLES)
+    again.record()
     _gradient = step.backward(loss)
     end.record()
     torch.cuda.synchronize()
-    return Sample(start.elapsed_time(middle), middle.elapsed_time(end), 0)
+    return Sample(start.elapsed_time(middle), again.elapsed_time(end), 0)
 
 
 def _memory_events(call: Callable[[], Any]) -> tuple[Any, list[int]]:

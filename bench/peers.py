@@ -11,13 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import monai.losses
 import torch
 from torch import Tensor
 
 import dicekernels
 from bench.cases import Case
 from dicekernels import reference, testing
+
+try:
+    import monai.losses
+except ImportError:  # a GPU node without it: its rows then say so
+    monai = None
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -92,6 +96,12 @@ def ours(case: Case, backend: str | None = None) -> Loss:
 
 
 def monai_loss(case: Case) -> Loss:
+    if monai is None:
+
+        def absent(logits: Tensor, labels: Tensor) -> Tensor:
+            raise ModuleNotFoundError("monai is not installed; put its wheel into .whl/ (bench/gpu.sh)")
+
+        return absent
     loss: Loss = getattr(monai.losses, CLASSES[case.loss])(**OPTIONS)
     return (lambda logits, labels: loss(logits.float(), labels)) if _half(case) else loss
 
@@ -99,7 +109,7 @@ def monai_loss(case: Case) -> Loss:
 class Checker:
     """Holds the truth of one case: textbook PyTorch in float64, and MONAI eager as the honest peer.
 
-    Bounds are those of ``dicekernels.testing``.
+    Where there is no MONAI, textbook PyTorch in float32 is. Bounds are those of ``dicekernels.testing``.
     """
 
     def __init__(self, case: Case, logits: Tensor, labels: Tensor) -> None:
@@ -107,7 +117,8 @@ class Checker:
         truth = TRUTHS[case.loss]
         wide = logits.detach().double().requires_grad_()
         self.truth = value_and_gradient(lambda z, y: truth(z, y, **OPTIONS), wide, labels)
-        self.honest = value_and_gradient(monai_loss(case), logits, labels)
+        plain = lambda z, y: truth(z.float(), y, **OPTIONS)  # noqa: E731
+        self.honest = value_and_gradient(plain if monai is None else monai_loss(case), logits, labels)
 
     def check(self, loss: Loss) -> Check:
         value, gradient = value_and_gradient(loss, self.logits, self.labels)

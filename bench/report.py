@@ -40,13 +40,86 @@ def render(document: schema.Document) -> str:
     """All tables of a document: one per case and allocator, the summary, memory."""
     groups = _groups(document["timings"])
     parts = [header(document)]
+    if not document.get("finished", True):
+        parts += ["NOT ALL CASES were measured: time ran out, or the run was cut off"]
     parts += [_case_table(rows) for rows in groups]
     summary = tabulate(summary_lines(document), SUMMARY_HEADS, disable_numparse=True)
     parts += ["Time, forward + backward, in one line per case", summary]
     if document["memory"]:
         memory = tabulate(memory_lines(document["memory"]), MEMORY_HEADS, disable_numparse=True)
         parts += ["Memory, as multiples of the logits' size", memory]
+    if "ceiling" in document:
+        copy, empty = document["ceiling"]["copy"], document["ceiling"]["empty_launches"]
+        title = (
+            f"Share of the copy bandwidth: {copy['gb_per_s']:.0f} GB/s read and written (best "
+            f"{copy['best_gb_per_s']:.0f}) over {copy['bytes'] / 1e9:.1f} GB; {empty['count']} empty launches"
+            f" take {1e3 * empty['milliseconds']:.1f} µs"
+        )
+        parts += [title, tabulate(share_lines(document), SHARE_HEADS, disable_numparse=True)]
     return "\n\n".join(parts)
+
+
+# Below it a problem is small: launches are a part of its time that no kernel can take back.
+SMALL_MILLISECONDS = 0.2
+SHARE_HEADS = [
+    "case",
+    "check",
+    "floor µs",
+    "fwd µs",
+    "share",
+    "bwd µs",
+    "share",
+    "both µs",
+    "share",
+    "goal",
+    "",
+]
+
+
+def goal(case: Case) -> float | None:
+    """Least share of the copy bandwidth that a case which fills the GPU should reach, None if none is set."""
+    classes = case.shape[1]
+    if case.loss not in ("dice_ce", "gdl", "tversky"):
+        return None
+    if case.layout != "contiguous" or case.label_dtype != "uint8":
+        return None
+    if case.dtype == "float32" and classes >= 4:
+        return 0.85
+    return 0.6 if case.dtype == "bfloat16" and classes >= 14 else None
+
+
+def share_lines(document: schema.Document) -> list[list[str]]:
+    """A line for each case of ours, under SHARE_HEADS: bytes of the floor over time and copy bandwidth.
+
+    The goal of a small problem is a time: its floor and the empty launches, and a fifth more.
+    """
+    per_ms = document["ceiling"]["copy"]["gb_per_s"] * 1e6
+    launches = document["ceiling"]["empty_launches"]["milliseconds"]
+    lines = []
+    for row in document["timings"]:
+        if row["role"] != "ours":
+            continue
+        case, times = case_of(row), row["milliseconds"]
+        floor = case.floor_bytes / per_ms
+        cells = [case.name, _verdict(row), f"{1e3 * floor:.1f}"]
+        if times is None:
+            lines.append(cells)
+            continue
+        parts = {"forward": case.forward_bytes, "backward": case.floor_bytes - case.forward_bytes}
+        parts["both"] = case.floor_bytes
+        for part, size in parts.items():
+            taken = times[part]["median"]
+            cells += [f"{1e3 * taken:.1f}", f"{size / per_ms / taken:.0%}"]
+        taken, share = times["both"]["median"], goal(case)
+        if floor < SMALL_MILLISECONDS:
+            limit = 1.2 * (floor + launches)
+            cells += [f"<= {1e3 * limit:.1f} µs", "met" if taken <= limit else "MISSED"]
+        elif share is not None:
+            cells += [f">= {share:.0%}", "met" if floor / taken >= share else "MISSED"]
+        if not sound(row):
+            cells[9:] = []
+        lines.append(cells)
+    return lines
 
 
 def header(document: schema.Document) -> str:
@@ -69,7 +142,7 @@ def _groups(rows: list[Row]) -> list[list[Row]]:
     """Rows of one case under one allocator, in their order."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((_name(row), row["allocator"]), []).append(row)
+        groups.setdefault((name_of(row), row["allocator"]), []).append(row)
     return list(groups.values())
 
 
@@ -92,7 +165,7 @@ def _case_table(rows: list[Row]) -> str:
         lines.append(cells)
     heads = ["contender", "check", "fwd ms", "bwd ms", "both ms", "min", "iqr", "GB/s", "x floor"]
     heads += ["ours is", "faults"]
-    title = f"{_name(rows[0])}, allocator {rows[0]['allocator']}"
+    title = f"{name_of(rows[0])}, allocator {rows[0]['allocator']}"
     notes = [f"  {row['contender']}: {_reason(row)}" for row in rows if _reason(row)]
     aligned = ["left", "left", *["right"] * 9]
     table = tabulate(lines, heads, disable_numparse=True, colalign=aligned)
@@ -110,7 +183,7 @@ def summary_lines(document: schema.Document) -> list[list[str]]:
         compiled = best(rows, "compiled")
         lines.append(
             [
-                _name(ours),
+                name_of(ours),
                 ours["allocator"],
                 _verdict(ours),
                 _times(ratio(ours, _the(rows, "floor"))),
@@ -135,12 +208,16 @@ def memory_lines(rows: list[Row]) -> list[list[str]]:
         parts += [max(profiled["forward_peak"], profiled["kept"] + profiled["backward_peak"])]
         parts += [resident.get(key) for key in ("forward_peak", "kept", "peak")]
         cells = ["" if part is None else f"{part / unit:.4f}" for part in parts]
-        lines.append([_name(row), row["contender"], *cells])
+        lines.append([name_of(row), row["contender"], *cells])
     return lines
 
 
-def _name(row: Row) -> str:
-    return Case(**row["case"] | {"shape": tuple(row["case"]["shape"])}).name
+def case_of(row: Row) -> Case:
+    return Case(**row["case"] | {"shape": tuple(row["case"]["shape"])})
+
+
+def name_of(row: Row) -> str:
+    return case_of(row).name
 
 
 def _the(rows: list[Row], role: str) -> Row:

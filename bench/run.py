@@ -1,7 +1,8 @@
 """``python -m bench.run``: measure a suite, write its JSON, print its tables.
 
 Every allocator mode is a process of its own (its environment is read when the process starts), and
-all contenders of a case are timed interleaved in that one process. See README.md for the method.
+all contenders of a case are timed interleaved in that one process. On a GPU there is one mode, and the
+file is written again after each case. See README.md for the method.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,19 +39,46 @@ def main(arguments: list[str] | None = None) -> None:
         )
     torch.set_num_threads(options.threads)
     if options.worker:
-        options.worker.write_text(json.dumps(_work(options)))
+        options.worker.write_text(json.dumps(_work(options, lambda rows: None)))
         return
 
     document = schema.describe(**{key: getattr(options, key) for key in schema.ASKED})
     document |= {"allocators": {}, "timings": [], "memory": []}
-    for allocator in options.allocators:
-        document["allocators"][allocator] = measure.ALLOCATORS[allocator]
-        rows = _run_worker(options, allocator)
-        document["timings"] += rows["timings"]
-        document["memory"] += rows["memory"]
-    path = schema.save(document, options.out)
+    if options.device == "cuda":
+        path = _run_on_gpu(options, document)
+    else:
+        for allocator in options.allocators:
+            document["allocators"][allocator] = measure.ALLOCATORS[allocator]
+            rows = _run_worker(options, allocator)
+            document["timings"] += rows["timings"]
+            document["memory"] += rows["memory"]
+        path = schema.save(document, options.out)
     print(report.render(document))
     print(f"written: {path}")
+
+
+LAUNCHES = 3
+
+
+def _run_on_gpu(options: argparse.Namespace, document: schema.Document) -> Path:
+    """Measures in this process, since nothing of it is read from the environment; saves after each case."""
+    # Kineto and the compiler read these when they start.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    document["allocators"] = {name: measure.ALLOCATORS[name] for name in options.allocators}
+    document["ceiling"] = {
+        "copy": measure.copy_bandwidth(),
+        "empty_launches": {"count": LAUNCHES, "milliseconds": measure.empty_launches(LAUNCHES)},
+    }
+    torch.cuda.empty_cache()
+
+    def save(rows: dict[str, list[Row]]) -> None:
+        document.update(rows, finished=False)
+        schema.save(document, options.out)
+
+    rows = _work(options, save)
+    asked = {case.name for case in chosen_cases(SUITES[options.suite], options.cases)}
+    document.update(rows, finished={report.name_of(row) for row in rows["timings"]} == asked)
+    return schema.save(document, options.out)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -63,6 +93,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--allocators", nargs="+", choices=measure.ALLOCATORS)
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--memory", choices=["none", "profiled", "resident"])
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds; then no case starts")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
 
@@ -94,7 +125,7 @@ def _run_worker(options: argparse.Namespace, allocator: str) -> dict[str, list[R
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "bench.run", "--worker", str(rows)]
-        for name in ("suite", "device", "backend", "threads", "rounds", "cases"):
+        for name in ("suite", "device", "backend", "threads", "rounds", "cases", "budget"):
             command += [f"--{name}={getattr(options, name)}"]
         command += [f"--allocators={allocator}", f"--memory={memory}"]
         command += ["--compiled" if options.compiled else "--no-compiled"]
@@ -111,8 +142,11 @@ def _run_worker(options: argparse.Namespace, allocator: str) -> dict[str, list[R
     return found
 
 
-def _work(options: argparse.Namespace) -> dict[str, list[Row]]:
-    """Rows of all cases under the allocator that this process was started with."""
+def _work(
+    options: argparse.Namespace, after_case: Callable[[dict[str, list[Row]]], None]
+) -> dict[str, list[Row]]:
+    """Rows of all cases under the allocator that this process was started with; at least of one."""
+    end = time.monotonic() + options.budget
     (allocator,) = options.allocators
     suite = replace(
         SUITES[options.suite],
@@ -125,10 +159,18 @@ def _work(options: argparse.Namespace) -> dict[str, list[Row]]:
     memory: list[Row] = []
     cases = chosen_cases(suite, options.cases)
     for number, case in enumerate(cases, start=1):
+        if timings and time.monotonic() > end:
+            print(f"bench: no time left for {len(cases) - number + 1} cases", file=sys.stderr)
+            break
         print(f"[{allocator} {number}/{len(cases)}] {case.name}", file=sys.stderr, flush=True)
-        found = measure_case(case, suite, options.device, backends, allocator)
+        try:
+            found = measure_case(case, suite, options.device, backends, allocator)
+        except torch.OutOfMemoryError as error:
+            rows = [_timing_row(case, allocator, role, role, case.floor_bytes) for role in ("ours", "floor")]
+            found = [row | {"error": f"OutOfMemoryError: {error}"} for row in rows], []
         timings += found[0]
         memory += found[1]
+        after_case({"timings": timings, "memory": memory})
     return {"timings": timings, "memory": memory}
 
 
@@ -185,7 +227,7 @@ def measure_case(
             faults = [float(sample.minor_faults) for sample in taken]
             row["minor_faults"] = measure.summarise(faults).median
     memory = [
-        memory_row(case, contender, steps[contender.name], suite.memory == "resident")
+        memory_row(case, contender, steps[contender.name], suite.memory == "resident", device)
         for contender in found
         if contender.name in steps and suite.memory != "none"
     ]
@@ -193,7 +235,15 @@ def measure_case(
 
 
 def loss_step(loss: Any, logits: Tensor, labels: Tensor) -> measure.Step:
-    return measure.Step(lambda: loss(logits, labels), lambda value: torch.autograd.grad(value, logits)[0])
+    """The gradient that comes in exists beforehand: in a training the ops after the loss made it."""
+    ones: dict[torch.dtype, Tensor] = {}
+
+    def backward(value: Tensor) -> Tensor:
+        if value.dtype not in ones:
+            ones[value.dtype] = torch.ones_like(value)
+        return torch.autograd.grad(value, logits, ones[value.dtype])[0]
+
+    return measure.Step(lambda: loss(logits, labels), backward)
 
 
 def floor_step(logits: Tensor, device: str) -> tuple[measure.Step, str]:
@@ -225,14 +275,18 @@ def floor_step(logits: Tensor, device: str) -> tuple[measure.Step, str]:
     return step, f"floor ({reader}, {writer})"
 
 
-def l2_flush() -> Any:
-    """Evict the GPU's L2 cache, which holds a small volume whole: times are those of cold data."""
-    waste = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
-    return waste.zero_
+def l2_flush() -> Callable[[], Any]:
+    """Evict the GPU's L2 cache, which holds a small volume whole: times are those of cold data.
+
+    By reading: lines that were written would go back to memory in the time of the step that follows.
+    """
+    waste = torch.zeros(1 << 27, dtype=torch.int32, device="cuda")
+    return lambda: torch.amax(waste)
 
 
-def memory_row(case: Case, contender: Any, step: measure.Step, resident: bool) -> Row:
-    profiled = measure.profiled_memory(step.forward, step.backward)
+def memory_row(case: Case, contender: Any, step: measure.Step, resident: bool, device: str) -> Row:
+    meter = measure.allocated_memory if device == "cuda" else measure.profiled_memory
+    profiled = meter(step.forward, step.backward)
     sizes = None
     if resident and contender.role in ("ours", "eager"):
         setup = _RESIDENT_SETUP.format(case=case, role=contender.role)
@@ -242,7 +296,7 @@ def memory_row(case: Case, contender: Any, step: measure.Step, resident: bool) -
         both = measure.subprocess_resident(whole, setup, threads)
         sizes = {"forward_peak": forward.peak, "kept": forward.kept, "peak": both.peak}
     return {
-        "case": asdict(case),
+        "case": case.as_json(),
         "contender": contender.name,
         "role": contender.role,
         "logits_bytes": case.logits_bytes,
@@ -263,7 +317,7 @@ step.backward(step.forward())
 
 def _timing_row(case: Case, allocator: str, name: str, role: str, traffic: int) -> Row:
     return {
-        "case": asdict(case),
+        "case": case.as_json(),
         "allocator": allocator,
         "contender": name,
         "role": role,

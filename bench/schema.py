@@ -12,8 +12,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import torch
+
+try:
+    import jsonschema
+except ImportError:  # a GPU node without it: what is written there is checked where it is read
+    jsonschema = None
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSION = 1
@@ -119,11 +123,28 @@ SCHEMA = {
     ),
 }
 
+# Only documents of a GPU have the first. ``finished``: false while cases are still to come, or were cut off.
+SCHEMA["properties"] |= {
+    "ceiling": _object(
+        copy=_object(
+            bytes={"type": "integer", "minimum": 10**9},
+            gb_per_s={"type": "number", "exclusiveMinimum": 0},
+            best_gb_per_s={"type": "number", "exclusiveMinimum": 0},
+        ),
+        empty_launches=_object(
+            count={"type": "integer", "minimum": 1},
+            milliseconds={"type": "number", "exclusiveMinimum": 0},
+        ),
+    ),
+    "finished": {"type": "boolean"},
+}
+
 
 def validate(document: Document) -> None:
     """``jsonschema.ValidationError`` for a document of another form, ValueError for one that
     contradicts itself: times beside an error, or an allocator that no mode describes."""
-    jsonschema.validate(document, SCHEMA)
+    if jsonschema is not None:
+        jsonschema.validate(document, SCHEMA)
     for row in document["timings"]:
         where = f"{row['contender']} on {row['case']}"
         if (row["milliseconds"] is None) != bool(row["error"]):
@@ -141,11 +162,11 @@ def save(document: Document, folder: Path) -> Path:
     does not overwrite the whole.
     """
     validate(document)
-    parts = [document["suite"], _slug(f"{document['device']['type']} {document['device']['name']}")]
+    parts = [document["suite"], slug(f"{document['device']['type']} {document['device']['name']}")]
     if document["backend"] != "auto":
         parts.append(document["backend"])
     if document["cases"]:
-        parts.append(_slug(document["cases"]) or "part")
+        parts.append(slug(document["cases"]) or "part")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ("--".join(parts) + ".json")
     path.write_text(json.dumps(document, indent=1) + "\n")
@@ -187,7 +208,7 @@ def describe(suite: str, cases: str, device: str, backend: str, threads: int, ro
     }
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 

@@ -24,7 +24,7 @@ _WEIGHTS = (
 SCHEMAS = {
     "loss": (
         f"loss(Tensor logits, Tensor target, Tensor? mask, {_WEIGHTS}, {ops.SUMS_ARGS}, "
-        f"{ops.FINISH_ARGS.removeprefix('int rows, ')}, ScalarType dtype) -> (Tensor, Tensor)"
+        f"{ops.FINISH_ARGS.removeprefix('int rows, ')}) -> (Tensor, Tensor)"
     ),
     "totals": f"totals(Tensor logits, Tensor target, Tensor? mask, {ops.SUMS_ARGS}) -> Tensor",
 }
@@ -40,8 +40,12 @@ def fused_loss(
         numbers = (*spec.sums.args(), *spec.finish.args(False))
         loss, _ = getattr(torch.ops, namespace).loss(*tensors, *numbers, dtype)
     else:
-        function = ops.FusedLoss if torch.compiler.is_compiling() else TransformableLoss
-        loss, _ = function.apply(*tensors, spec, namespace, dtype)  # type: ignore[no-untyped-call]  # torch's
+        function: type[torch.autograd.Function] = EagerLoss
+        if torch.compiler.is_compiling():
+            function = ops.FusedLoss
+        elif torch._C._are_functorch_transforms_active():
+            function = TransformableLoss
+        loss, _ = function.apply(*tensors, spec, namespace, dtype)
     result: Tensor = loss
     return result
 
@@ -113,6 +117,19 @@ class TransformableLoss(ops.FusedLoss):
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         losses, coefs = zip(*each(TransformableLoss, info, in_dims, args), strict=True)
         return (torch.stack(losses), torch.stack(coefs)), (0, 0)
+
+
+class EagerLoss(torch.autograd.Function):
+    """TransformableLoss outside of torch.func, without the binding of signatures that setup_context costs."""
+
+    backward = TransformableLoss.backward
+    jvp = TransformableLoss.jvp
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = ops.FusedLoss.forward(*inputs)
+        TransformableLoss.setup_context(ctx, inputs, output)
+        return output
 
 
 def _split(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], LossSpec, torch.dtype]:

@@ -232,7 +232,10 @@ def dice_ce_shapes(logits: Tensor, target: Tensor) -> None:
 
 
 def factor(name: str, value: float | Tensor, logits: Tensor) -> Tensor | None:
-    """A lambda as 0-dim float64 tensor on the device of the logits; None for 1.
+    """A lambda as 0-dim float64 tensor; None for 1.
+
+    A tensor of the CPU stays there beside logits of another device: the backends read one value from where it
+    is, and a copy would wait for the device.
 
     Raises:
         ValueError: a number below zero, or a tensor with more than one value.
@@ -240,9 +243,10 @@ def factor(name: str, value: float | Tensor, logits: Tensor) -> Tensor | None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: got {value.numel()} values, expected one number")
-        return value.reshape(()).to(device=logits.device, dtype=torch.float64)
+        device = value.device if value.device.type == "cpu" else logits.device
+        return value.reshape(()).to(device=device, dtype=torch.float64)
     non_negative(name, value)
-    return None if value == 1.0 else torch.tensor(value, dtype=torch.float64, device=logits.device)
+    return None if value == 1.0 else torch.tensor(value, dtype=torch.float64)
 
 
 def region_options(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .backends import native
+from .backends.triton import support as triton_support
 
 MAX_CLASSES = 4096
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -55,6 +56,7 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cpu", "dicekernels", _cpu_available, _cpu_can_run),
+        Backend("triton", "dicekernels_triton", triton_support.unavailable, triton_support.can_run),
         Backend("eager", "dicekernels_eager", lambda: "", lambda device, dtype, classes: ""),
     )
 }

@@ -3,14 +3,16 @@
 Shapes: logits (B, C, *S) floating; target labels (B, 1, *S) or (B, *S), or values (B, C, *S); mask (B, 1, *S)
 voxel weights; sums (B, K, C, R) float64, K = chunk_count(V), R = rows that are on; coef (B, C, R)
 float64 = dLoss/dsums for the rows that depend on the logits, 0 for G, N and BAD;
-loss () or (groups, outputs) float64; gradient as the logits in shape, dtype and strides.
+loss () or (groups, outputs), float64 rounded to `dtype`; gradient as the logits in shape, dtype and strides.
 
-Every namespace has the same schemas: ``dicekernels`` is filled by the binary (CPU), ``dicekernels_eager`` by
-PyTorch code. They are opaque to torch.compile and have fakes; autograd is in the Functions below.
+Every namespace has the same schemas: ``dicekernels`` is filled by the binary (CPU), ``dicekernels_triton``
+by Triton kernels, ``dicekernels_eager`` by PyTorch code. They are opaque to torch.compile and have fakes;
+autograd is in the Functions below.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +47,7 @@ SUMS_ARGS = (
 FINISH_ARGS = (
     "int rows, int formula, float kappa, float alpha, float beta, float smooth_nr, float smooth_dr, "
     "int transform, float exponent, int gdl_weight, int skipped, bool batch, int reduction, "
-    "float label_smoothing, int denominator, int voxel_skipped, bool empty"
+    "float label_smoothing, int denominator, int voxel_skipped, bool empty, ScalarType dtype"
 )
 SCHEMAS = {
     "sums": f"sums(Tensor logits, Tensor target, Tensor? mask, {SUMS_ARGS}) -> Tensor",
@@ -59,12 +61,14 @@ SCHEMAS = {
         f"{SUMS_ARGS}) -> Tensor"
     ),
 }
-NAMESPACES = ("dicekernels", "dicekernels_eager")
+NAMESPACES = ("dicekernels", "dicekernels_triton", "dicekernels_eager")
 
 libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in NAMESPACES}
 
 
+@functools.lru_cache
 def sums_spec(args: tuple[Any, ...]) -> SumsSpec:
+    """From the arguments of the ops after their tensors."""
     (
         dense,
         activation,
@@ -114,8 +118,14 @@ def finish_spec(args: tuple[Any, ...]) -> FinishSpec:
 
 def _eager_sums(logits: Tensor, target: Tensor, mask: Tensor | None, *args: Any) -> Tensor:
     spec = sums_spec(args)
-    slots = eager.sums(logits, target, mask, spec)
-    # Reading the count synchronises, so off the CPU only on request; `finish` then makes the loss NaN.
+    return _checked(eager.sums(logits, target, mask, spec), logits, target, mask, spec)
+
+
+def _checked(slots: Tensor, logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec) -> Tensor:
+    """The slots; raises LabelRangeError where reading the count of bad labels costs no synchronisation.
+
+    Elsewhere only with DICEKERNELS_CHECK=1; `finish` makes the loss NaN.
+    """
     if spec.rows & BAD and (logits.device.type == "cpu" or os.environ.get("DICEKERNELS_CHECK") == "1"):
         eager.check_labels(slots, target, mask, logits.shape[1], spec)
     return slots
@@ -132,8 +142,8 @@ def _eager_finish(
     *args: Any,
 ) -> tuple[Tensor, Tensor]:
     arguments = (sums.sum(1), class_weight, pos_weight, neg_weight, region_lambda, voxel_lambda, rows)
-    spec, empty = finish_spec(args), args[-1]
-    return formulas.finish(*arguments, spec, empty), formulas.coef(*arguments, spec, empty)
+    spec, (empty, dtype) = finish_spec(args), args[-2:]
+    return formulas.finish(*arguments, spec, empty).to(dtype), formulas.coef(*arguments, spec, empty)
 
 
 def _eager_sums_backward(
@@ -168,7 +178,7 @@ def _fake_finish(
 ) -> tuple[Tensor, Tensor]:
     samples, _, classes, width = sums.shape
     shape = finish_spec(args).loss_shape(samples, classes)
-    return sums.new_empty(shape), sums.new_empty((samples, classes, width))
+    return sums.new_empty(shape, dtype=args[-1]), sums.new_empty((samples, classes, width))
 
 
 def _fake_sums_backward(
@@ -182,23 +192,72 @@ def _fake_sums_backward(
     return torch.empty_like(logits)
 
 
+@functools.cache
+def _triton_kernels() -> Any:
+    """Triton is imported by the first op to run: it costs `import dicekernels` more than all of ours."""
+    from .backends.triton import kernels
+
+    return kernels
+
+
+def _triton_sums(logits: Tensor, target: Tensor, mask: Tensor | None, *args: Any) -> Tensor:
+    spec = sums_spec(args)
+    return _checked(_triton_kernels().sums(logits, target, mask, spec), logits, target, mask, spec)
+
+
+def _triton_finish(
+    sums: Tensor,
+    class_weight: Tensor | None,
+    pos_weight: Tensor | None,
+    neg_weight: Tensor | None,
+    region_lambda: Tensor | None,
+    voxel_lambda: Tensor | None,
+    rows: int,
+    *args: Any,
+) -> tuple[Tensor, Tensor]:
+    weights = (class_weight, pos_weight, neg_weight, region_lambda, voxel_lambda)
+    result: tuple[Tensor, Tensor] = _triton_kernels().finish(sums, *weights, rows, *args)
+    return result
+
+
+def _triton_sums_backward(
+    grad_loss: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    coef: Tensor,
+    *args: Any,
+) -> Tensor:
+    spec = sums_spec(args)
+    gradient: Tensor = _triton_kernels().sums_backward(grad_loss, logits, target, mask, coef, spec)
+    return gradient
+
+
 def _register() -> None:
     fakes: dict[str, Callable[..., Any]] = {
         "sums": _fake_sums,
         "finish": _fake_finish,
         "sums_backward": _fake_sums_backward,
     }
-    bodies: dict[str, Callable[..., Any]] = {
-        "sums": _eager_sums,
-        "finish": _eager_finish,
-        "sums_backward": _eager_sums_backward,
+    bodies: dict[str, dict[str, Callable[..., Any]]] = {
+        "dicekernels_eager": {
+            "sums": _eager_sums,
+            "finish": _eager_finish,
+            "sums_backward": _eager_sums_backward,
+        },
+        "dicekernels_triton": {
+            "sums": _triton_sums,
+            "finish": _triton_finish,
+            "sums_backward": _triton_sums_backward,
+        },
     }
     for namespace, library in libraries.items():
         for name, schema in SCHEMAS.items():
             library.define(schema)
             torch.library.register_fake(f"{namespace}::{name}", fakes[name], lib=library)
-    for name, body in bodies.items():
-        libraries["dicekernels_eager"].impl(name, body, "CompositeExplicitAutograd")
+    for namespace, functions in bodies.items():
+        for name, body in functions.items():
+            libraries[namespace].impl(name, body, "CompositeExplicitAutograd")
     native.load_error("cpu")
 
 
@@ -278,8 +337,9 @@ class FusedLoss(torch.autograd.Function):
             voxel_lambda,
             spec.sums.rows,
             *spec.finish.args(empty),
+            dtype,
         )
-        return loss.to(dtype), coef
+        return loss, coef
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

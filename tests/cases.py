@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,15 +28,23 @@ LAYOUTS_3D = [
     "flipped",
     "expanded_batch",
 ]
+# Where the problems are: "cpu", or what tests/on_device.py runs the contract on.
+DEVICE = os.environ.get("DICEKERNELS_TEST_DEVICE", "cpu")
 
 
 def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator(DEVICE).manual_seed(seed)
+
+
+def _drawn(seed: int) -> torch.Generator:
+    """Of the CPU, so that the data are the same on every device."""
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 def make_logits(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Normal with deviation 2: probabilities from 1e-4 to 1 - 1e-4."""
-    return (2 * torch.randn(shape, generator=generator(seed), dtype=torch.float64)).to(dtype)
+    values = 2 * torch.randn(shape, generator=_drawn(seed), dtype=torch.float64, device="cpu")
+    return values.to(dtype).to(DEVICE)
 
 
 def make_labels(
@@ -41,22 +52,24 @@ def make_labels(
 ) -> Tensor:
     """Labels of ``shape`` in [0, classes) that ``dtype`` holds exactly."""
     top = {torch.bool: 2, torch.int8: 127, torch.uint8: 256, torch.bfloat16: 256}.get(dtype, classes)
-    return torch.randint(min(classes, top), shape, generator=generator(seed)).to(dtype)
+    return torch.randint(min(classes, top), shape, generator=_drawn(seed), device="cpu").to(dtype).to(DEVICE)
 
 
 def make_values(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 2) -> Tensor:
     """A dense target: fractions in [0, 1), or integers 0 to 2 (bool: 0 and 1)."""
     if dtype.is_floating_point:
-        return torch.rand(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
-    return torch.randint(2 if dtype == torch.bool else 3, shape, generator=generator(seed)).to(dtype)
+        values = torch.rand(shape, generator=_drawn(seed), dtype=torch.float64, device="cpu")
+    else:
+        values = torch.randint(2 if dtype == torch.bool else 3, shape, generator=_drawn(seed), device="cpu")
+    return values.to(dtype).to(DEVICE)
 
 
 def make_mask(kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 3) -> Tensor:
     """Voxel weights (B, 1, *S): "binary" zeros and ones, "fraction" in [0, 2) with a third exactly 0."""
-    uniform = torch.rand(shape[0], 1, *shape[2:], generator=generator(seed), dtype=torch.float64)
-    if kind == "binary":
-        return (uniform > 0.4).to(dtype)
-    return torch.where(uniform > 1 / 3, 2 * uniform - 0.1, 0.0).to(dtype)
+    at = (shape[0], 1, *shape[2:])
+    uniform = torch.rand(at, generator=_drawn(seed), dtype=torch.float64, device="cpu")
+    weights = uniform > 0.4 if kind == "binary" else torch.where(uniform > 1 / 3, 2 * uniform - 0.1, 0.0)
+    return weights.to(dtype).to(DEVICE)
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -93,6 +106,20 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return x.contiguous()
 
 
+def _on_cpu(oracle: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    """The oracle computed by the CPU from tensors of any device; the rows come back to that of the logits."""
+
+    @functools.wraps(oracle)
+    def run(logits: Tensor, target: Tensor, *args: Any, mask: Tensor | None = None, **options: Any) -> Any:
+        with torch.device("cpu"):
+            mask = None if mask is None else mask.cpu()
+            rows = oracle(logits.cpu(), target.cpu(), *args, mask=mask, **options)
+        return {name: row.to(logits.device) for name, row in rows.items()}
+
+    return run
+
+
+@_on_cpu
 def oracle_rows(
     logits: Tensor,
     target: Tensor,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dicekernels import functional, reference
+from dicekernels.backends.triton.support import interpreted
 from dicekernels.testing import assert_close_to_truth, assert_gradient_close
 
 F32, F64 = torch.float32, torch.float64
@@ -19,7 +20,7 @@ HOT = {"to_onehot_y": True, "softmax": True}
 SIGMOIDS = {"to_onehot_y": True, "sigmoid": True}
 # The same examples on every run; the fixture `backend` holds for all of them.
 PROPERTY = settings(
-    max_examples=50,
+    max_examples=8 if interpreted() else 50,  # a second each in Triton's interpreter
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

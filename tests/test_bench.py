@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import platform
 import re
@@ -78,7 +79,7 @@ def test_interleave_takes_turns_and_settles_before_each_sample() -> None:
         flush=lambda: calls.append("flush"),
     )
     warm_up = ["a>", "a<", "b>", "b<"]
-    one_round = ["a>", "a<", "flush", "a>", "a<", "b>", "b<", "flush", "b>", "b<"]
+    one_round = ["a>", "a<", "flush", "a>", "flush", "a<", "b>", "b<", "flush", "b>", "flush", "b<"]
     assert calls == warm_up + 2 * one_round
     assert {name: len(taken) for name, taken in samples.items()} == {"a": 2, "b": 2}
 
@@ -202,26 +203,39 @@ def document(dry_run: tuple[str, Path]) -> schema.Document:
 def test_gpu_dry_run_prints_the_commands_in_order(dry_run: tuple[str, Path]) -> None:
     output, out = dry_run
     commands = [line for line in output.splitlines() if line.startswith("+ ")]
-    build = next(i for i, line in enumerate(commands) if "--no-build-isolation" in line)
-    tests = next(i for i, line in enumerate(commands) if "-m pytest" in line)
-    suites = [i for i, line in enumerate(commands) if "-m bench.run" in line]
-    assert build < tests < min(suites)
-    eager = f"-m bench.run --suite gpu --backend eager --out {out} --no-compiled"
-    assert any(commands[i].endswith(eager) for i in suites)
+    bench = f"-m bench.run --suite gpu --backend triton --out {out} --budget 150 --no-compiled"
+    parts = [
+        "-m bench.prebuild --suite gpu",
+        bench,
+        "-m bench.host_cost",
+        "tests/test_cuda.py",
+        "-p on_device",
+    ]
+    parts += ["-m bench.sanitize", "--suite gpu_peers"]
+    places = [[part in line for line in commands].index(True) for part in parts]
+    assert places == sorted(places)
+    assert "tests/test_sums.py" in commands[places[4]]
+    assert "-m bench.tune" not in "".join(commands)
     assert "Time, forward + backward" in output
+    assert re.search(r"triton in the interpreter: loss (\S+), eager \1;", output)
+    assert (out / "gpu.log").read_text() == output
+    (tuned,) = out.glob("tune-triton--*.json")
+    entries = json.loads(tuned.read_text())["problems"]
+    refused = {entry["direction"]: [row["refused"] for row in entry["tiles"]] for entry in entries}
+    assert refused == {"forward": ["", ""], "backward": ["", ""]}
 
 
 def test_a_real_result_is_complete(document: schema.Document) -> None:
     asked = {(case.name, mode) for case in SUITES["quick"].cases for mode in measure.ALLOCATORS}
     by_problem: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in document["timings"]:
-        by_problem.setdefault((report._name(row), row["allocator"]), []).append(row)
+        by_problem.setdefault((report.name_of(row), row["allocator"]), []).append(row)
     assert set(by_problem) == asked
     for rows in by_problem.values():
         assert [row["role"] for row in rows] == ["ours", "eager", "floor"]
         for row in rows:
             assert row["role"] == "floor" or row["check"]["passed"], row["check"]
-    assert {report._name(row) for row in document["memory"]} == {name for name, _ in asked}
+    assert {report.name_of(row) for row in document["memory"]} == {name for name, _ in asked}
 
 
 GONE = object()
@@ -375,12 +389,6 @@ def test_closed_forms_are_right(loss: str, dtype: str, layout: str, monkeypatch:
         (gradient,) = torch.autograd.grad(value, logits)
         if contender.name == "closed form, unrolled":
             assert gradient.stride() == logits.stride()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_gpu_suite_without_a_gpu_says_so() -> None:
-    with pytest.raises(SystemExit, match="'gpu' needs a CUDA device.*sees none here"):
-        run.main(["--suite", "gpu"])
 
 
 def test_package_does_not_know_its_benchmarks() -> None:

@@ -290,7 +290,7 @@ def test_a_network_with_its_loss_in_one_graph():
     assert runs[0][2] < runs[0][0]
 
 
-def test_inductor():
+def test_inductor(backend):
     for name in ("dice_ce", "generalized"):
         torch.compiler.reset()
         loss = MODULES[name]()

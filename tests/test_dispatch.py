@@ -13,6 +13,7 @@ from cases import make_labels, make_logits, make_values
 
 import dicekernels
 from dicekernels import available_backends, dispatch, explain, functional, region_sums, use_backend
+from dicekernels.backends.triton import support as triton_support
 
 HOT = {"to_onehot_y": True, "softmax": True}
 LOGITS, LABELS = make_logits((2, 3, 4, 5, 6)), make_labels((2, 1, 4, 5, 6), 3)
@@ -39,14 +40,17 @@ def lines_of(loss=None, logits=None, labels=LABELS):
 
 
 def test_every_backend_is_listed_and_these_two_run_here():
-    assert available_backends() == {"cpu": "", "eager": ""}
+    assert available_backends() == {"cpu": "", "triton": triton_support.unavailable(), "eager": ""}
     available_backends()["cpu"] = "a copy"
     assert available_backends()["cpu"] == ""
 
 
 def test_the_binary_comes_first():
     assert dispatch.choose(LOGITS).name == "cpu"
-    assert dispatch.refusals(LOGITS) == {"cpu": "", "eager": ""}
+    refusals = dispatch.refusals(LOGITS)
+    assert list(refusals) == ["cpu", "triton", "eager"]
+    assert refusals["cpu"] == refusals["eager"] == ""
+    assert refusals["triton"]  # no GPU, or logits that are not on it
     with use_backend("eager"):
         assert dispatch.choose(LOGITS).name == "eager"
         with use_backend("cpu"):
@@ -73,7 +77,8 @@ def test_a_backend_is_released_after_an_error():
     ],
 )
 def test_refusals_have_reasons_and_eager_takes_over(logits, reason):
-    assert dispatch.refusals(logits) == {"cpu": reason, "eager": ""}
+    refusals = dispatch.refusals(logits)
+    assert (refusals["cpu"], refusals["eager"]) == (reason, "")
     assert dispatch.choose(logits).name == "eager"
     with use_backend("cpu"), pytest.raises(RuntimeError) as error:
         dispatch.choose(logits)
@@ -92,7 +97,7 @@ def test_more_classes_than_the_binary_takes_give_the_same_loss():
 
 def test_an_unknown_name_lists_the_known_ones():
     with (
-        pytest.raises(ValueError, match=r"backend: got 'gpu', expected one of \['cpu', 'eager'\]"),
+        pytest.raises(ValueError, match=r"backend: got 'gpu', expected one of \['cpu', 'eager', 'triton'\]"),
         use_backend("gpu"),
     ):
         pass
@@ -100,7 +105,7 @@ def test_an_unknown_name_lists_the_known_ones():
 
 def test_both_backends_give_one_loss():
     losses = []
-    for name in available_backends():
+    for name in ("cpu", "eager"):
         with use_backend(name):
             losses.append(dicekernels.DiceCELoss(**HOT)(LOGITS, LABELS).item())
     assert abs(losses[0] - losses[1]) <= 8 * torch.finfo(torch.float32).eps * losses[0]
@@ -118,7 +123,7 @@ def test_the_environment_forces_a_backend(value, expected):
 def test_an_unknown_name_in_the_environment_is_an_error():
     done = child(FORCED, DICEKERNELS_BACKEND="gpu")
     assert done.returncode
-    assert "ValueError: backend: got 'gpu', expected one of ['cpu', 'eager']" in done.stderr
+    assert "ValueError: backend: got 'gpu', expected one of ['cpu', 'eager', 'triton']" in done.stderr
 
 
 def test_without_the_binary_eager_runs_and_the_first_cause_is_kept(tmp_path):
@@ -146,20 +151,21 @@ except RuntimeError as error:
 def test_explain_names_backend_sums_and_memory():
     lines = lines_of()
     assert lines[0] == "backend: cpu"
-    assert lines[1] == "  not eager: not the first choice"
+    assert lines[1].startswith("  not triton: ")
+    assert lines[2] == "  not eager: not the first choice"
     # 2 * 3 * 120 * 4 bytes; rows I FP FN POS N BAD, 1 chunk: 2 * 1 * 3 * 6 * 8 bytes
-    assert lines[2].startswith(
+    assert lines[3].startswith(
         "logits: (2, 3, 4, 5, 6) torch.float32 on cpu, 0.0 MB; target: (2, 1, 4, 5, 6)"
     )
-    assert lines[2].endswith("torch.uint8, labels")
-    assert lines[3].startswith("sums: I, FP, FN, POS, N, BAD in 1 chunks a sample, 0.000 MB")
-    assert len(lines) == 4
+    assert lines[3].endswith("torch.uint8, labels")
+    assert lines[4].startswith("sums: I, FP, FN, POS, N, BAD in 1 chunks a sample, 0.000 MB")
+    assert len(lines) == 5
     big = torch.zeros(1, 2, 1).expand(1, 2, 2**20)
     lines = lines_of(logits=big, labels=torch.zeros(1, 1, 1, dtype=torch.uint8).expand(1, 1, 2**20))
-    assert "8.4 MB" in lines[2]
-    assert "in 256 chunks a sample, 0.025 MB" in lines[3]
-    assert "kept for backward: 0.000 MB" in lines[3]
-    assert lines[4] == "note: no gradient is recorded for these logits; backward was not considered"
+    assert "8.4 MB" in lines[3]
+    assert "in 256 chunks a sample, 0.025 MB" in lines[4]
+    assert "kept for backward: 0.000 MB" in lines[4]
+    assert lines[5] == "note: no gradient is recorded for these logits; backward was not considered"
 
 
 def test_explain_under_a_forced_backend():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dicekernels import finish as formulas
+from dicekernels.dispatch import BACKENDS
 from dicekernels.spec import (
     BAD,
     FN,
@@ -37,14 +38,21 @@ from dicekernels.spec import (
 F64 = torch.float64
 # The rows that depend on the logits: the backward pass reads the slopes of these and of no other.
 DIFFERENTIABLE = I | FP | FN | POS | NEG | LS | TN
-NAMESPACES = {"cpu": "dicekernels", "eager": "dicekernels_eager"}
 
 
-def run(backend: str, slots: Tensor, rows: int, spec: FinishSpec, voxels: int = 1, **weights: Tensor | None):
+def run(
+    backend: str,
+    slots: Tensor,
+    rows: int,
+    spec: FinishSpec,
+    voxels: int = 1,
+    dtype: torch.dtype = F64,
+    **weights: Tensor | None,
+):
     """(loss, coef) of the op; ``weights`` by name, the others None."""
     names = ("class_weight", "pos_weight", "neg_weight", "region_lambda", "voxel_lambda")
-    op = getattr(torch.ops, NAMESPACES[backend]).finish
-    return op(slots, *(weights.get(name) for name in names), rows, *spec.args(voxels == 0))
+    op = getattr(torch.ops, BACKENDS[backend].namespace).finish
+    return op(slots, *(weights.get(name) for name in names), rows, *spec.args(voxels == 0), dtype)
 
 
 def table(rows: int, classes: int, **values: list[float]) -> Tensor:
@@ -96,13 +104,11 @@ PLAIN = {"smooth_nr": 0.0, "smooth_dr": 0.0, "reduction": Reduction.NONE}
         ({"skipped": 1}, [3 / 5]),
     ],
 )
-@pytest.mark.parametrize("backend", NAMESPACES)
 def test_ratio_by_hand(backend, options, expected):
     loss, _ = run(backend, SUMS, ROWS_G, FinishSpec(Formula.RATIO, **PLAIN | options))
     exactly(loss, [expected])
 
 
-@pytest.mark.parametrize("backend", NAMESPACES)
 def test_slopes_of_dice_by_hand(backend):
     # f = (FP + FN) / Q, Q = 2I + FP + FN: df/dI = -2 (FP + FN)/Q^2, df/dFP = 2I/Q^2; Q = 7 and 5
     _, coef = run(backend, SUMS, ROWS_G, FinishSpec(Formula.RATIO, **PLAIN))
@@ -128,14 +134,12 @@ def test_slopes_of_dice_by_hand(backend):
         (GdlWeight.SIMPLE, [1e-20, 2], (1e20 + 1.5) / (7e20 + 2.5)),
     ],
 )
-@pytest.mark.parametrize("backend", NAMESPACES)
 def test_generalized_dice_by_hand(backend, kind, volumes, expected):
     slots = table(ROWS_G, 2, I=[3, 1], FP=[1, 1], FN=[0, 2], G=volumes)
     loss, _ = run(backend, slots, ROWS_G, FinishSpec(Formula.GENERALIZED, **PLAIN, gdl_weight=kind))
     exactly(loss, [[expected]])
 
 
-@pytest.mark.parametrize("backend", NAMESPACES)
 def test_generalized_dice_of_an_empty_target_is_flat(backend):
     slots = table(ROWS_G, 2, I=[0, 0], FP=[4, 2], FN=[0, 0], G=[0, 0])
     spec = FinishSpec(Formula.GENERALIZED, smooth_nr=1.0, smooth_dr=4.0)
@@ -161,7 +165,6 @@ def test_generalized_dice_of_an_empty_target_is_flat(backend):
         (Denominator.VOXELS, {}, {"voxel_lambda": 0.5}, 5 / 20),
     ],
 )
-@pytest.mark.parametrize("backend", NAMESPACES)
 def test_voxel_term_by_hand(backend, denominator, options, weights, expected):
     rows = G | POS | LS | N
     slots = table(rows, 2, G=[4, 6], POS=[2, 3], LS=[5, 7], N=[10, 10])
@@ -171,7 +174,6 @@ def test_voxel_term_by_hand(backend, denominator, options, weights, expected):
     exactly(loss, expected)
 
 
-@pytest.mark.parametrize("backend", NAMESPACES)
 def test_each_sample_has_a_denominator_of_its_own(backend):
     # POS = 2 3 | 4 1, N = 10 | 5: 5/10 + 5/5; a sample without a voxel adds nothing
     rows = POS | N
@@ -182,7 +184,6 @@ def test_each_sample_has_a_denominator_of_its_own(backend):
     exactly(coef[..., 0], [[0.1, 0.1], [0.2, 0.2], [0, 0]])
 
 
-@pytest.mark.parametrize("backend", NAMESPACES)
 def test_matthews_correlation_by_hand(backend):
     # tp fp fn tn = 3 1 1 7, then 6 0 0 6 (nothing wrong)
     rows = OVERLAP_ROWS | TN
@@ -197,7 +198,6 @@ def test_matthews_correlation_by_hand(backend):
     exactly(coef[0, 1], [0, 0, 0, 0])
 
 
-@pytest.mark.parametrize("backend", NAMESPACES)
 @pytest.mark.parametrize("reduction", Reduction)
 def test_a_bad_label_gives_nan_and_no_slope(backend, reduction):
     rows = ROWS_G | BAD
@@ -207,7 +207,6 @@ def test_a_bad_label_gives_nan_and_no_slope(backend, reduction):
     assert torch.equal(coef, torch.zeros_like(coef))
 
 
-@pytest.mark.parametrize("backend", NAMESPACES)
 def test_chunks_are_added_up(backend):
     slots = table(ROWS_G, 2, I=[3, 1], FP=[1, 1], FN=[0, 2], G=[3, 3])
     parts = torch.cat([slots / 4, slots / 2, slots / 4], 1)
@@ -226,6 +225,19 @@ def test_wrong_lengths_are_refused():
         run("cpu", SUMS, ROWS_G, spec, region_lambda=torch.ones(2))
     with pytest.raises(RuntimeError, match="sums: got 4 rows, expected 3"):
         run("cpu", SUMS, OVERLAP_ROWS, spec)
+    with pytest.raises(RuntimeError, match="dtype: expected float64, float32"):
+        run("cpu", SUMS, ROWS_G, spec, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("reduction", Reduction)
+def test_the_loss_is_rounded_at_the_end(backend, dtype, reduction):
+    spec = FinishSpec(Formula.RATIO, reduction=reduction)
+    exact, slopes = run(backend, SUMS, ROWS_G, spec)
+    loss, coef = run(backend, SUMS, ROWS_G, spec, dtype=dtype)
+    assert loss.dtype == dtype
+    assert torch.equal(loss, exact.to(dtype))
+    assert torch.equal(coef, slopes)  # float64 whatever the loss is
 
 
 def random_slots(rows: int, samples: int, chunks: int, classes: int, kind: str, seed: int) -> Tensor:

@@ -15,7 +15,7 @@ from monai.data import MetaTensor
 from torch.utils.checkpoint import checkpoint
 
 import dicekernels
-from dicekernels.ops import NAMESPACES
+from dicekernels.dispatch import BACKENDS
 from dicekernels.testing import assert_close_to_truth, assert_gradient_close
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -76,30 +76,27 @@ def test_a_program_exported_for_any_size(name, strict):
         assert_same(bits(program, *arguments), bits(step, *arguments))
 
 
-@pytest.mark.parametrize("forced", ["cpu", "eager"])
-def test_an_exported_loss_alone_and_its_second_derivative(forced):
+def test_an_exported_loss_alone_and_its_second_derivative(backend):
     logits, labels, _ = data("DiceCELoss", F64)
     loss = dicekernels.DiceCELoss(to_onehot_y=True, softmax=True, lambda_ce=0.3)
-    with dicekernels.use_backend(forced):
-        program = exported(loss, (logits, labels))
-        names = [str(node.target) for node in torch.export.export(loss, (logits, labels)).graph.nodes]
-        penalties = []
-        for function in (program, loss):
-            leaf = logits.clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(function(leaf, labels), leaf, create_graph=True)
-            penalties.append(torch.autograd.grad(gradient.square().sum(), leaf)[0])
-    assert ("dicekernels.loss.default" if forced == "cpu" else "dicekernels_eager.loss.default") in names
+    program = exported(loss, (logits, labels))
+    names = [str(node.target) for node in torch.export.export(loss, (logits, labels)).graph.nodes]
+    penalties = []
+    for function in (program, loss):
+        leaf = logits.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(function(leaf, labels), leaf, create_graph=True)
+        penalties.append(torch.autograd.grad(gradient.square().sum(), leaf)[0])
+    assert f"{BACKENDS[backend].namespace}.loss.default" in names
     assert torch.equal(*penalties)
 
 
-@pytest.mark.parametrize("namespace", NAMESPACES)
-def test_opcheck_of_the_ops_of_a_program(namespace):
+def test_opcheck_of_the_ops_of_a_program(backend):
     # Schema, fake against real, autograd, and tracing with fixed and dynamic shapes.
     loss = dicekernels.DiceCELoss(to_onehot_y=True, softmax=True, batch=True, weight=[0.2, 0.3, 0.5])
     logits, labels, _ = data("DiceCELoss")
     logits.requires_grad_()
-    with dicekernels.use_backend("cpu" if namespace == "dicekernels" else "eager"):
-        graph = torch.export.export(loss, (logits, labels)).graph
+    namespace = BACKENDS[backend].namespace
+    graph = torch.export.export(loss, (logits, labels)).graph
     (node,) = [node for node in graph.nodes if str(node.target) == f"{namespace}.loss.default"]
     metas = [arg.meta["val"] if isinstance(arg, torch.fx.Node) else None for arg in node.args[2:8]]
     weights = [None if meta is None else torch.rand(meta.shape, dtype=meta.dtype) for meta in metas]

@@ -18,12 +18,16 @@ from monai_differential import check, sweep
 from monai_problems import Problem
 
 import dicekernels
+from dicekernels.backends.triton.support import interpreted
 
 FIRST_SEED = int(os.environ.get("DICEKERNELS_FIRST_SEED", "0"))
 EAGER_SEED = FIRST_SEED + 1_000_000
 CHUNK, CPU_CHUNKS, EAGER_CHUNKS = 128, 24, 4
 # Nine losses in turn: 14 of each in a chunk, 560 on the kernels.
 MORE_CHUNK, MORE_CPU_CHUNKS, MORE_EAGER_CHUNKS = 126, 40, 4
+# In Triton's interpreter, at several problems a second: tests/test_triton_interpreter.py.
+TRITON_SEED = FIRST_SEED + 2_000_000
+TRITON_CHUNK, TRITON_CHUNKS = 18, 12
 
 
 def chunk_of(problem: Callable[[int], Problem], first: int, size: int, backend: str) -> None:
@@ -51,6 +55,18 @@ def test_kernels_give_monais_results_in_more_losses(chunk: int) -> None:
 @pytest.mark.parametrize("chunk", range(MORE_EAGER_CHUNKS))
 def test_eager_gives_monais_results_in_more_losses(chunk: int) -> None:
     chunk_of(monai_problems_more.problem, EAGER_SEED + chunk * MORE_CHUNK, MORE_CHUNK, "eager")
+
+
+if interpreted():
+
+    @pytest.mark.parametrize(
+        "chunk", [pytest.param(at, marks=[pytest.mark.slow] * (at > 0)) for at in range(TRITON_CHUNKS)]
+    )
+    @pytest.mark.parametrize(
+        "problem", [monai_problems.problem, monai_problems_more.problem], ids=["", "more"]
+    )
+    def test_triton_gives_monais_results(problem: Callable[[int], Problem], chunk: int) -> None:
+        chunk_of(problem, TRITON_SEED + chunk * TRITON_CHUNK, TRITON_CHUNK, "triton")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_generalized_dice_weights_below_float32():
     rows = {"I": 6e7, "FP": 5e5, "FN": 1.8e7, "G": float(CT_VOXELS)}
     slots = torch.tensor([[[list(rows.values())]]], dtype=F64)
     spec = FinishSpec(Formula.GENERALIZED, smooth_nr=0.0, smooth_dr=0.0)
-    loss, _ = torch.ops.dicekernels.finish(slots, *[None] * 5, OVERLAP_ROWS | G, *spec.args(False))
+    loss, _ = torch.ops.dicekernels.finish(slots, *[None] * 5, OVERLAP_ROWS | G, *spec.args(False), F64)
     wrong = rows["FP"] + rows["FN"]
     expected = wrong / (2 * rows["I"] + wrong)
     assert abs(loss.item() - expected) <= 8 * torch.finfo(F64).eps * expected

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import dicekernels
-from dicekernels import functional, ops, reference, region_sums
+from dicekernels import functional, reference, region_sums
+from dicekernels.dispatch import BACKENDS
 from dicekernels.spec import (
     BAD,
     LS,
@@ -68,12 +69,11 @@ FINISHES = {
 }
 
 
-@pytest.mark.parametrize("namespace", ops.NAMESPACES)
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_opcheck_of_the_passes(namespace, problem):
+def test_opcheck_of_the_passes(problem, backend):
     # Schema, fake against real (shape, dtype, strides), and tracing with fixed and dynamic shapes.
     logits, target, mask, spec = PROBLEMS[problem]
-    op = getattr(torch.ops, namespace)
+    op = getattr(torch.ops, BACKENDS[backend].namespace)
     torch.library.opcheck(op.sums.default, (logits, target, mask, *spec.args()))
     coef = make_logits((*logits.shape[:2], spec.rows.bit_count()), F64, seed=5)
     for grad in (None, torch.tensor(0.5), torch.rand(logits.shape[0], 1)):
@@ -84,17 +84,19 @@ def test_opcheck_of_the_passes(namespace, problem):
         assert got.stride() == torch.empty_like(logits).stride()
 
 
-@pytest.mark.parametrize("namespace", ops.NAMESPACES)
 @pytest.mark.parametrize("finish", FINISHES)
-def test_opcheck_of_finish(namespace, finish):
+@pytest.mark.parametrize("dtype", [F64, torch.bfloat16])
+def test_opcheck_of_finish(finish, dtype, backend):
     spec = FINISHES[finish]
     rows = CE_ROWS if finish == "mean" else OVERLAP_ROWS | G
     slots = 100 * torch.rand(2, 3, 4, rows.bit_count(), generator=generator(0), dtype=F64)
     weights = (torch.rand(4 - spec.skipped), torch.rand(4), None, torch.tensor(0.5), None)
-    args = (slots, *weights, rows, *spec.args(False))
-    op = getattr(torch.ops, namespace).finish
+    args = (slots, *weights, rows, *spec.args(False), dtype)
+    op = getattr(torch.ops, BACKENDS[backend].namespace).finish
     torch.library.opcheck(op.default, args)
-    assert op(*args)[0].shape == spec.loss_shape(2, 4)
+    loss, coef = op(*args)
+    assert (loss.shape, loss.dtype) == (spec.loss_shape(2, 4), dtype)
+    assert (coef.shape, coef.dtype) == ((2, 4, rows.bit_count()), F64)
 
 
 HOT = {"to_onehot_y": True, "softmax": True}

@@ -138,9 +138,9 @@ def test_arguments_come_back_in_the_order_of_the_schema():
     )
     assert ops.finish_spec(formula.args(True)[:-1]) == formula
     assert formula.args(True)[-1] is True
-    # The names of the schema, in the order of the dataclasses (empty is the problem's).
-    names = re.findall(r"(?:int|float|bool)\?? (\w+)", ops.FINISH_ARGS)
-    assert names == ["rows", *FinishSpec.__dataclass_fields__, "empty"]
+    # The names of the schema, in the order of the dataclasses (empty is the problem's, dtype the loss's).
+    names = re.findall(r"(?:int|float|bool|ScalarType)\?? (\w+)", ops.FINISH_ARGS)
+    assert names == ["rows", *FinishSpec.__dataclass_fields__, "empty", "dtype"]
     names = re.findall(r"(?:int|float|bool)\?? (\w+)", ops.SUMS_ARGS)
     assert sorted(names) == sorted(SumsSpec.__dataclass_fields__)
 

@@ -1,6 +1,11 @@
 // The small op between the two passes: chunks added up in a fixed order, then finish.h.
 #include "../common/finish.h"
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <type_traits>
+
 #include "launch.h"
 
 namespace dicekernels {
@@ -26,6 +31,30 @@ struct Values {
   const double* data() const { return values.empty() ? nullptr : values.data(); }
 };
 
+// As Tensor::to rounds: what is shorter than float goes through it.
+template <class T>
+void store_as(const std::vector<double>& values, Tensor& out) {
+  using Via = std::conditional_t<sizeof(T) < sizeof(float), float, T>;
+  T* data = static_cast<T*>(out.mutable_data_ptr());
+  for (size_t at = 0; at < values.size(); ++at) data[at] = T(static_cast<Via>(values[at]));
+}
+
+void store(const std::vector<double>& values, Tensor& out) {
+  using S = torch::headeronly::ScalarType;
+  switch (out.scalar_type()) {
+    case S::Double:
+      return store_as<double>(values, out);
+    case S::Float:
+      return store_as<float>(values, out);
+    case S::Half:
+      return store_as<torch::headeronly::Half>(values, out);
+    case S::BFloat16:
+      return store_as<torch::headeronly::BFloat16>(values, out);
+    default:
+      STD_TORCH_CHECK(false, "dtype: expected float64, float32, float16 or bfloat16");
+  }
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> finish_op(const Tensor& sums, const std::optional<Tensor>& class_weight,
@@ -37,7 +66,8 @@ std::tuple<Tensor, Tensor> finish_op(const Tensor& sums, const std::optional<Ten
                                      double smooth_nr, double smooth_dr, int64_t transform,
                                      double exponent, int64_t gdl_weight, int64_t skipped,
                                      bool batch, int64_t reduction, double label_smoothing,
-                                     int64_t denominator, int64_t voxel_skipped, bool empty) {
+                                     int64_t denominator, int64_t voxel_skipped, bool empty,
+                                     torch::headeronly::ScalarType dtype) {
   const int64_t samples = sums.size(0), chunks = sums.size(1), classes = sums.size(2);
   const FinishSpec f{rows,
                      static_cast<Formula>(formula),
@@ -71,15 +101,16 @@ std::tuple<Tensor, Tensor> finish_op(const Tensor& sums, const std::optional<Ten
   const Values neg_weights(neg_weight, classes, "neg_weight");
   const Values region(region_lambda, 1, "region_lambda"), voxel(voxel_lambda, 1, "voxel_lambda");
 
-  const auto type = torch::headeronly::ScalarType::Double;
   Tensor loss = f.reduction == Reduction::none
-                    ? torch::stable::new_empty(sums, {f.groups(samples), f.outputs(classes)}, type)
-                    : torch::stable::new_empty(sums, {}, type);
-  Tensor coef = torch::stable::new_empty(sums, {samples, classes, row_count(rows)}, type);
+                    ? torch::stable::new_empty(sums, {f.groups(samples), f.outputs(classes)}, dtype)
+                    : torch::stable::new_empty(sums, {}, dtype);
+  Tensor coef = torch::stable::new_empty(sums, {samples, classes, row_count(rows)},
+                                         torch::headeronly::ScalarType::Double);
+  std::vector<double> values(loss.numel());
   finish(f, samples, classes, totals.data(), class_weights.data(), pos_weights.data(),
          neg_weights.data(), region.data() ? *region.data() : 1, voxel.data() ? *voxel.data() : 1,
-         static_cast<double*>(loss.mutable_data_ptr()),
-         static_cast<double*>(coef.mutable_data_ptr()));
+         values.data(), static_cast<double*>(coef.mutable_data_ptr()));
+  store(values, loss);
   return {loss, coef};
 }
 

@@ -21,7 +21,8 @@ std::tuple<Tensor, Tensor> finish_op(const Tensor& sums, const std::optional<Ten
                                      double smooth_nr, double smooth_dr, int64_t transform,
                                      double exponent, int64_t gdl_weight, int64_t skipped,
                                      bool batch, int64_t reduction, double label_smoothing,
-                                     int64_t denominator, int64_t voxel_skipped, bool empty);
+                                     int64_t denominator, int64_t voxel_skipped, bool empty,
+                                     torch::headeronly::ScalarType dtype);
 
 Tensor sums_backward(const std::optional<Tensor>& grad_loss, const Tensor& logits,
                      const Tensor& target, const std::optional<Tensor>& mask, const Tensor& coef,

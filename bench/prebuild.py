@@ -1,0 +1,71 @@
+"""``python -m bench.prebuild``: compile the kernels of a suite into Triton's cache, on every core.
+
+A run of the suite then measures at once, and a short lease of a GPU is not spent on one compiling core.
+``--capability 90`` compiles for a GPU that is not here (a dry run; the cache is then of no other use).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import time
+from typing import Any
+
+from bench.aot_cases import LOSSES, OPS, Problem
+from bench.cases import SUITES, Case
+
+
+def problem_of(case: Case) -> Problem | None:
+    """The case as bench/aot_cases.py has it, None for one that it does not know."""
+    if case.loss not in LOSSES or case.label_dtype != "uint8":
+        return None
+    samples, classes, *space = case.shape
+    return Problem(case.loss, classes, case.dtype, case.layout, samples, tuple(space))
+
+
+def compile_op(task: tuple[Problem, str, int | None]) -> str:
+    """ "" or why an op of a problem does not compile."""
+    problem, op, capability = task
+    with _target(capability):
+        try:
+            problem.plan(op).compile()
+        except Exception as error:
+            return f"{problem} {op}: {type(error).__name__}: {str(error).splitlines()[0]}"
+    return ""
+
+
+def _target(capability: int | None) -> contextlib.AbstractContextManager[Any]:
+    if capability is None:
+        return contextlib.nullcontext()
+    from bench.offline import target
+
+    return target(capability)
+
+
+def pool_of(workers: int) -> Any:
+    """Processes that share Triton's cache with this one, and nothing else."""
+    return multiprocessing.get_context("spawn").Pool(workers)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.prebuild", description=__doc__)
+    parser.add_argument("--suite", choices=SUITES, default="gpu")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2))
+    parser.add_argument("--capability", type=int)
+    parser.add_argument("--limit", type=int, help="problems; default: all")
+    options = parser.parse_args(arguments)
+    start = time.monotonic()
+    found = (problem_of(case) for case in SUITES[options.suite].cases)
+    problems = [problem for problem in dict.fromkeys(found) if problem is not None][: options.limit]
+    tasks = [(problem, op, options.capability) for problem in problems for op in OPS]
+    with pool_of(options.workers) as pool:
+        complaints = [said for said in pool.imap_unordered(compile_op, tasks) if said]
+    print(
+        f"{len(tasks)} kernels compiled or found in {time.monotonic() - start:.0f} s", *complaints, sep="\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,394 @@
+"""The op between the two passes in one launch: chunks added up, then the formulas over all of the sums.
+
+Every program adds up the chunks of a few columns (sample, class and row in one index) in float64. The one
+that ends last evaluates loss and slopes from the totals of all of them. No program waits for another, and the
+order of every addition follows from the shapes alone.
+
+What is a number in the constructor of a loss is an argument of the kernel, not a constant: a schedule of
+alpha or lambda must not compile a kernel per step. Triton passes Python floats as float32 unless annotated.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import spec
+from .codes import (
+    ELEMENTS,
+    GENERALIZED,
+    NONE,
+    ONE,
+    RATIO,
+    REDUCE_MEAN,
+    REDUCE_NONE,
+    ROW_BAD,
+    ROW_FN,
+    ROW_FP,
+    ROW_G,
+    ROW_I,
+    ROW_LS,
+    ROW_N,
+    ROW_NEG,
+    ROW_POS,
+    ROW_TN,
+    SAMPLES,
+    WEIGHTS,
+)
+from .formulas import double, overlap_terms
+from .launch import Launch, launch
+from .ticket import ticket
+from .totals import (
+    add_chunks,
+    add_terms,
+    class_values,
+    factor,
+    load_row,
+    store_loss,
+    store_row,
+)
+
+# Elements of the tiles: 16 and 2 doubles a thread.
+CHUNK_TILE, CLASS_TILE = 4096, 512
+# Totals and slopes have int32 offsets.
+MAX_COLUMNS = 2**31 - CHUNK_TILE
+# One program evaluates, so registers are free: left alone, ptxas spills to fit a third one beside it.
+# An option of NVIDIA's compiler.
+REGISTERS = (
+    {"maxnreg": 255} if torch.version.hip is None and getattr(torch.version, "xpu", None) is None else {}
+)
+
+
+@triton.jit(
+    do_not_specialize=["samples", "chunks", "classes"],
+    do_not_specialize_on_alignment=[
+        "class_weight",
+        "pos_weight",
+        "neg_weight",
+        "region_lambda",
+        "voxel_lambda",
+    ],
+)
+def finish_kernel(
+    sums,
+    totals,
+    tickets,
+    loss,
+    coef,
+    class_weight,
+    pos_weight,
+    neg_weight,
+    region_lambda,
+    voxel_lambda,
+    region_value: tl.float64,
+    voxel_value: tl.float64,
+    kappa: tl.float64,
+    alpha: tl.float64,
+    beta: tl.float64,
+    smooth_nr: tl.float64,
+    smooth_dr: tl.float64,
+    exponent: tl.float64,
+    label_smoothing: tl.float64,
+    samples,
+    chunks,
+    classes,
+    WIDTH: tl.constexpr,
+    PLACES: tl.constexpr,
+    FORMULA: tl.constexpr,
+    TRANSFORM: tl.constexpr,
+    GDL_WEIGHT: tl.constexpr,
+    SKIPPED: tl.constexpr,
+    BATCH: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    DENOMINATOR: tl.constexpr,
+    VOXEL_SKIPPED: tl.constexpr,
+    EMPTY: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    HAS_VOXEL_TERM: tl.constexpr = PLACES[ROW_POS] >= 0
+    add_chunks(sums, totals, chunks, classes * WIDTH, samples * classes * WIDTH, BLOCK_W, BLOCK_K)
+    # The barrier puts the stores of all threads before the one thread's release; who takes the last ticket
+    # has acquired those of all programs.
+    tl.debug_barrier()
+    if tl.atomic_add(tickets, 1, sem="acq_rel") != tl.num_programs(0) - 1:
+        return
+    tl.store(tickets, 0)  # for the next launch
+
+    # From here on one program, with BLOCK_B samples and all of their classes at a time.
+    c = tl.arange(0, BLOCK_C)[None, :]
+    b = tl.arange(0, BLOCK_B)[:, None]
+    zeros = tl.zeros((BLOCK_B, BLOCK_C), tl.float64)
+    overlaps = (c < classes) & (c >= SKIPPED)
+    weighted = (c < classes) & (c >= VOXEL_SKIPPED)
+    pos = class_values(pos_weight, c, weighted)
+    neg = class_values(neg_weight, c, weighted)
+    numbers = (
+        double(kappa),
+        double(alpha),
+        double(beta),
+        double(smooth_nr),
+        double(smooth_dr),
+        double(exponent),
+    )
+    smoothing = double(label_smoothing)
+
+    # What every sample's slopes depend on: sums over the batch.
+    bad, count, i, fp, fn, g, tn = zeros, zeros, zeros, zeros, zeros, zeros, zeros
+    for start in range(0, samples, BLOCK_B):
+        at = ((start + b) * classes + c) * WIDTH
+        valid = (start + b < samples) & (c < classes)
+        bad += load_row(totals, at, valid, PLACES[ROW_BAD])
+        if HAS_VOXEL_TERM:
+            if DENOMINATOR == WEIGHTS:
+                count += pos * load_row(totals, at, valid, PLACES[ROW_G])
+            elif DENOMINATOR != ONE and DENOMINATOR != SAMPLES:
+                count += load_row(totals, at, valid & (c == 0), PLACES[ROW_N])
+        if BATCH:
+            i += load_row(totals, at, valid, PLACES[ROW_I])
+            fp += load_row(totals, at, valid, PLACES[ROW_FP])
+            fn += load_row(totals, at, valid, PLACES[ROW_FN])
+            g += load_row(totals, at, valid, PLACES[ROW_G])
+            tn += load_row(totals, at, valid, PLACES[ROW_TN])
+    spoilt = tl.sum(bad) > 0
+
+    outputs = 1 if FORMULA == GENERALIZED else classes - SKIPPED
+    terms = outputs if BATCH else samples * outputs
+    share = factor(region_lambda, region_value)
+    if REDUCTION == REDUCE_MEAN:
+        share = share / double(terms)
+    if FORMULA == RATIO and class_weight is not None:
+        share = share * class_values(class_weight, c - SKIPPED, overlaps)
+    region, d_i, d_fp, d_fn, d_tn = zeros, zeros, zeros, zeros, zeros
+    if BATCH and FORMULA != NONE:
+        i, fp, fn = tl.sum(i, 0, keep_dims=True), tl.sum(fp, 0, keep_dims=True), tl.sum(fn, 0, keep_dims=True)
+        g, tn = tl.sum(g, 0, keep_dims=True), tl.sum(tn, 0, keep_dims=True)
+        value, d_i, d_fp, d_fn, d_tn = overlap_terms(
+            i, fp, fn, g, tn, overlaps, numbers, FORMULA, TRANSFORM, GDL_WEIGHT
+        )
+        mask = (b == 0) & (c < classes)
+        region = add_terms(
+            region, loss, share * value, b, c, mask, outputs, spoilt, FORMULA, SKIPPED, REDUCTION
+        )
+
+    voxel_factor = factor(voxel_lambda, voxel_value)
+    denominator = double(1.0)
+    if DENOMINATOR != ONE:
+        denominator = tl.sum(count)
+    if DENOMINATOR == ELEMENTS:
+        denominator = denominator * (classes - VOXEL_SKIPPED)
+    voxel = zeros
+    for start in range(0, samples, BLOCK_B):
+        sample = start + b
+        at = (sample * classes + c) * WIDTH
+        valid = (sample < samples) & (c < classes)
+        if FORMULA != NONE and not BATCH:
+            i = load_row(totals, at, valid, PLACES[ROW_I])
+            fp = load_row(totals, at, valid, PLACES[ROW_FP])
+            fn = load_row(totals, at, valid, PLACES[ROW_FN])
+            g = load_row(totals, at, valid, PLACES[ROW_G])
+            tn = load_row(totals, at, valid, PLACES[ROW_TN])
+            value, d_i, d_fp, d_fn, d_tn = overlap_terms(
+                i, fp, fn, g, tn, overlaps & valid, numbers, FORMULA, TRANSFORM, GDL_WEIGHT
+            )
+            region = add_terms(
+                region, loss, share * value, sample, c, valid, outputs, spoilt, FORMULA, SKIPPED, REDUCTION
+            )
+        store_row(coef, at, tl.where(overlaps, share * d_i, zeros), valid, spoilt, PLACES[ROW_I])
+        store_row(coef, at, tl.where(overlaps, share * d_fp, zeros), valid, spoilt, PLACES[ROW_FP])
+        store_row(coef, at, tl.where(overlaps, share * d_fn, zeros), valid, spoilt, PLACES[ROW_FN])
+        store_row(coef, at, tl.where(overlaps, share * d_tn, zeros), valid, spoilt, PLACES[ROW_TN])
+        store_row(coef, at, zeros, valid, spoilt, PLACES[ROW_G])
+        store_row(coef, at, zeros, valid, spoilt, PLACES[ROW_N])
+        store_row(coef, at, zeros, valid, spoilt, PLACES[ROW_BAD])
+        if HAS_VOXEL_TERM:
+            divisor = denominator
+            if DENOMINATOR == SAMPLES:
+                divisor = load_row(totals, sample * classes * WIDTH, sample < samples, PLACES[ROW_N])
+            scale = voxel_factor / divisor
+            if not EMPTY:
+                # Nothing to learn from (all voxels ignored, or only classes of weight 0): 0, not 0/0.
+                scale = tl.where(divisor == 0, 0.0, scale)
+            by_pos = zeros + scale * pos * (1 - smoothing)
+            by_ls = zeros + scale * pos * (smoothing / classes)
+            by_neg = zeros + scale * neg
+            term = by_pos * load_row(totals, at, valid, PLACES[ROW_POS])
+            term += by_ls * load_row(totals, at, valid, PLACES[ROW_LS])
+            term += by_neg * load_row(totals, at, valid, PLACES[ROW_NEG])
+            if not EMPTY:
+                term = tl.where(divisor == 0, 0.0, term)
+            voxel += tl.where(valid, term, 0.0)
+            store_row(coef, at, by_pos, valid, spoilt, PLACES[ROW_POS])
+            store_row(coef, at, by_ls, valid, spoilt, PLACES[ROW_LS])
+            store_row(coef, at, by_neg, valid, spoilt, PLACES[ROW_NEG])
+
+    if REDUCTION != REDUCE_NONE:
+        total = tl.sum(region)
+        # As torch: the mean of nothing and the quotient of two sums over no sample.
+        if FORMULA != NONE and REDUCTION == REDUCE_MEAN:
+            total = tl.where(terms == 0, float("nan"), total)
+        total += tl.sum(voxel)
+        if HAS_VOXEL_TERM and DENOMINATOR != ONE and DENOMINATOR != SAMPLES:
+            total = tl.where(samples == 0, float("nan"), total)
+        store_loss(loss, 0, tl.where(spoilt, float("nan"), total), None)
+
+
+@functools.lru_cache(maxsize=256)
+def _meta(columns: int, classes: int, rows: int, *choices: Any) -> dict[str, Any]:
+    """Constants of the kernel; ``choices`` from formula to EMPTY, in the order of its parameters."""
+    names = (
+        "FORMULA",
+        "TRANSFORM",
+        "GDL_WEIGHT",
+        "SKIPPED",
+        "BATCH",
+        "REDUCTION",
+        "DENOMINATOR",
+        "VOXEL_SKIPPED",
+        "EMPTY",
+    )
+    places = tuple(spec.row_index(rows, 1 << at) if rows >> at & 1 else -1 for at in range(len(spec.ROWS)))
+    block_w = 4 if columns <= 512 else 16 if columns <= 8192 else 64
+    block_c = triton.next_power_of_2(max(1, classes))
+    return {
+        "WIDTH": rows.bit_count(),
+        "PLACES": places,
+        **dict(zip(names, choices, strict=True)),
+        "BLOCK_W": block_w,
+        "BLOCK_K": CHUNK_TILE // block_w,
+        "BLOCK_B": max(1, CLASS_TILE // block_c),
+        "BLOCK_C": block_c,
+        "num_warps": 8,
+        **REGISTERS,
+    }
+
+
+class _Inputs(NamedTuple):
+    """The first parameters of the kernel: ``tensors`` to region_value, ``values`` to label_smoothing."""
+
+    tensors: tuple[Tensor | None, ...]
+    values: tuple[float, ...]
+
+
+def _inputs(
+    loss: Tensor,
+    coef: Tensor,
+    sums: Tensor,
+    weights: tuple[Tensor | None, ...],
+    rows: int,
+    args: tuple[Any, ...],
+) -> _Inputs:
+    """``weights`` from class_weight to voxel_lambda; ``args`` of the op after ``rows``."""
+    _, kappa, alpha, beta, smooth_nr, smooth_dr, _, exponent, _, skipped = args[:10]
+    class_weight, pos_weight, neg_weight, region_lambda, voxel_lambda = weights
+    _, _, classes, width = sums.shape
+    if width != rows.bit_count():
+        raise RuntimeError(f"sums: got {width} rows, expected {rows.bit_count()}")
+    device = sums.device
+    region, region_value = _factor("region_lambda", region_lambda, device)
+    voxel, voxel_value = _factor("voxel_lambda", voxel_lambda, device)
+    return _Inputs(
+        (
+            sums.contiguous(),
+            torch.empty_like(coef),
+            ticket(device),
+            loss,
+            coef,
+            _values("class_weight", class_weight, classes - skipped, device),
+            _values("pos_weight", pos_weight, classes, device),
+            _values("neg_weight", neg_weight, classes, device),
+            region,
+            voxel,
+        ),
+        (region_value, voxel_value, kappa, alpha, beta, smooth_nr, smooth_dr, exponent, args[12]),
+    )
+
+
+def _values(name: str, tensor: Tensor | None, expected: int, device: torch.device) -> Tensor | None:
+    if tensor is None:
+        return None
+    if tensor.numel() != expected:
+        raise RuntimeError(f"{name}: got {tensor.numel()} values, expected {expected}")
+    return tensor.to(device, non_blocking=True).contiguous()
+
+
+def _factor(name: str, tensor: Tensor | None, device: torch.device) -> tuple[Tensor | None, float]:
+    """A lambda as (tensor on the device, value): one of the two counts. Numbers on the CPU are at hand."""
+    if tensor is not None and tensor.ndim == 0 and tensor.is_cpu:
+        return None, float(tensor)
+    return _values(name, tensor, 1, device), 1.0
+
+
+def plan_finish(
+    loss: Tensor,
+    coef: Tensor,
+    sums: Tensor,
+    class_weight: Tensor | None,
+    pos_weight: Tensor | None,
+    neg_weight: Tensor | None,
+    region_lambda: Tensor | None,
+    voxel_lambda: Tensor | None,
+    rows: int,
+    *args: Any,
+) -> Launch:
+    """The launch that fills ``loss`` and ``coef``; the rest are the arguments of the op."""
+    weights = (class_weight, pos_weight, neg_weight, region_lambda, voxel_lambda)
+    return _plan(_inputs(loss, coef, sums, weights, rows, args), rows, _choices(args))
+
+
+def _choices(args: tuple[Any, ...]) -> tuple[int, ...]:
+    """What the kernel has as constants, FORMULA to EMPTY, of the arguments of the op after ``rows``."""
+    formula, transform, gdl_weight, skipped, batch, reduction = args[0], args[6], *args[8:12]
+    return formula, transform, gdl_weight, skipped, batch, reduction, *args[13:16]
+
+
+def _plan(inputs: _Inputs, rows: int, choices: tuple[int, ...]) -> Launch:
+    sums = inputs.tensors[0]
+    assert sums is not None
+    samples, chunks, classes, width = sums.shape
+    columns = samples * classes * width
+    if columns > MAX_COLUMNS:
+        raise RuntimeError(
+            f"sums: got {columns} totals (samples x classes x rows), expected at most {MAX_COLUMNS}; "
+            "split the batch"
+        )
+    meta = _meta(columns, classes, rows, *choices)
+    programs = max(1, triton.cdiv(columns, meta["BLOCK_W"]))
+    return Launch(
+        finish_kernel, (programs,), (*inputs.tensors, *inputs.values, samples, chunks, classes), meta
+    )
+
+
+def finish(
+    sums: Tensor,
+    class_weight: Tensor | None,
+    pos_weight: Tensor | None,
+    neg_weight: Tensor | None,
+    region_lambda: Tensor | None,
+    voxel_lambda: Tensor | None,
+    rows: int,
+    *args: Any,
+) -> tuple[Tensor, Tensor]:
+    """The op ``finish``: (loss in the dtype asked for, coef (B, C, R) float64), in one launch.
+
+    Raises:
+        RuntimeError: weights or sums of another length than classes and rows ask for.
+    """
+    samples, _, classes, width = sums.shape
+    shape: tuple[int, ...] = ()
+    if args[11] == spec.Reduction.NONE:
+        outputs = 1 if args[0] == spec.Formula.GENERALIZED else classes - args[9]
+        shape = (1 if args[10] else samples, outputs)
+    loss = sums.new_empty(shape, dtype=args[-1])
+    coef = sums.new_empty((samples, classes, width))
+    weights = (class_weight, pos_weight, neg_weight, region_lambda, voxel_lambda)
+    inputs, choices = _inputs(loss, coef, sums, weights, rows, args), _choices(args)
+    launch(lambda: _plan(inputs, rows, choices), *inputs, ("finish", rows, choices))
+    return loss, coef

@@ -1,0 +1,265 @@
+"""Forward: one pass over the voxels, every row of every class summed. A program is a chunk of a sample."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...spec import RUN_VOXELS, SumsSpec, chunk_count, chunk_voxels
+from .launch import Launch, launch
+from .loads import exponents, load_tile, load_voxels, logarithm, power, voxel_offset
+from .problem import Problem, flat_inputs
+from .rows import (
+    add_ce,
+    add_negatives,
+    add_overlap_rows,
+    add_run,
+    add_volume,
+    binary_rows,
+    focal_log_p,
+    focal_row,
+    probabilities,
+    store_row,
+    weighted,
+)
+from .tile import all_voxels, class_index, class_offset, class_sum, per_voxel, tile_sums, zero_sums
+from .voxel_math import BCE, CE, FOCAL_SIGMOID, FOCAL_SOFTMAX, LN2, SOFTMAX
+
+
+# A variant for each multiple of 16 would be compiled in the middle of a training with patches of many sizes.
+@triton.jit(
+    do_not_specialize=[
+        "chunks",
+        "voxels",
+        "logits_batch",
+        "logits_channel",
+        "logits_voxel",
+        "target_batch",
+        "target_channel",
+        "target_voxel",
+        "mask_batch",
+        "mask_voxel",
+        "ignore_index",
+        "one",
+    ]
+)
+def sums_kernel(
+    logits,
+    target,
+    mask,
+    slots,
+    chunks,
+    runs,
+    voxels,
+    logits_batch,
+    logits_channel,
+    logits_voxel,
+    target_batch,
+    target_channel,
+    target_voxel,
+    mask_batch,
+    mask_voxel,
+    ignore_index,
+    one,
+    C: tl.constexpr,
+    DENSE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    VOXEL_TERM: tl.constexpr,
+    HAS_IGNORE: tl.constexpr,
+    PRODUCT_MASK: tl.constexpr,
+    GAMMA: tl.constexpr,
+    FIRST_CLASS: tl.constexpr,
+    MASKED: tl.constexpr,
+    EVEN: tl.constexpr,
+    VOXELS: tl.constexpr,
+    LOGITS: tl.constexpr,
+    TARGET: tl.constexpr,
+    OUT: tl.constexpr,
+    ASM: tl.constexpr,
+    SHAPE: tl.constexpr,
+    SCATTERED: tl.constexpr,
+    RUN: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    ACC: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
+    SELECT: tl.constexpr = MASKED or HAS_IGNORE
+    NEEDS_SOFTMAX: tl.constexpr = ACTIVATION == SOFTMAX or VOXEL_TERM == CE
+    PAD: tl.constexpr = float("-inf") if NEEDS_SOFTMAX or VOXEL_TERM == FOCAL_SOFTMAX else 0.0
+    BLOCK_N: tl.constexpr = SHAPE[1]
+    OVERLAPS: tl.constexpr = PLACES[0] >= 0 or PLACES[1] >= 0 or PLACES[2] >= 0
+    program = tl.program_id(0)
+    sample = (program // chunks).to(tl.int64)
+    chunk = program % chunks
+    voxels = voxels * VOXELS
+    c = class_index(SHAPE)
+    # Rows in int64: classes times voxels pass 2^31 inside of one sample.
+    logits_row = (
+        logits + sample * logits_batch * LOGITS[0] + class_offset(c, logits_channel, one, LOGITS, SCATTERED)
+    )
+    labels = target + sample * target_batch * TARGET[0]
+    target_row = labels
+    if DENSE:
+        target_row += class_offset(c, target_channel, one, TARGET, SCATTERED)
+    mask_row = mask
+    if MASKED:
+        mask_row = mask + sample * mask_batch
+
+    i_totals = all_voxels(zero_sums(SHAPE, ACC), SHAPE)
+    fp_totals = i_totals
+    fn_totals = i_totals
+    tn_totals = i_totals
+    g_totals = i_totals
+    pos_totals = i_totals
+    neg_totals = i_totals
+    ls_totals = i_totals
+    n_total = tl.zeros((), tl.float64)
+    bad_total = tl.zeros((), tl.float64)
+    for run in range(runs):
+        i = zero_sums(SHAPE, ACC)
+        fp = i
+        fn = i
+        tn = i
+        volume = i
+        pos = i
+        neg = i
+        ls = i
+        n = tl.zeros((BLOCK_N,), ACC)
+        wrong = tl.zeros((BLOCK_N,), tl.int32)
+        first = (chunk * runs + run) * RUN
+        left = tl.maximum(0, tl.minimum(RUN, voxels - first))
+        for start in range(0, left, BLOCK_N):
+            v = first + start + tl.arange(0, BLOCK_N)
+            within = v < voxels
+            z = load_tile(
+                logits_row + per_voxel(voxel_offset(v, logits_voxel, LOGITS), SHAPE),
+                c,
+                within,
+                PAD,
+                C,
+                SHAPE,
+                EVEN,
+            ).to(ACC)
+            at = voxel_offset(v, target_voxel, TARGET)
+            label, inside, m, bad = load_voxels(
+                labels + at,
+                mask_row,
+                v,
+                mask_voxel,
+                within,
+                ignore_index,
+                ACC,
+                C,
+                DENSE,
+                HAS_IGNORE,
+                MASKED,
+                EVEN,
+            )
+            g = 0.0
+            hit = within
+            if SELECT:
+                # Nothing of an ignored voxel reaches a sum, not even NaN.
+                z = tl.where(per_voxel(inside, SHAPE), z, 0.0)
+            if DENSE:
+                g = load_tile(target_row + per_voxel(at, SHAPE), c, within, 0, C, SHAPE, EVEN).to(ACC)
+                if SELECT:
+                    g = tl.where(per_voxel(inside, SHAPE), g, 0.0)
+            else:
+                hit = per_voxel(label, SHAPE) == c
+            if PLACES[7] >= 0 and MASKED:
+                n += m
+            elif PLACES[7] >= 0 and (SELECT or DENSE):
+                n = tl.where(inside, n + 1, n)
+            if not DENSE:
+                wrong = tl.where(bad, wrong + 1, wrong)
+
+            t = z
+            e = z
+            sum_e = z
+            if NEEDS_SOFTMAX:
+                t = exponents(z, within, VOXEL_TERM == CE, SHAPE, EVEN)
+                e = power(t)
+                sum_e = class_sum(e, SHAPE)
+            if OVERLAPS or PLACES[9] >= 0:
+                p = probabilities(z, e, sum_e, inside, ACTIVATION, ASM, SHAPE)
+                if OVERLAPS:
+                    i, fp, fn = add_overlap_rows(
+                        i, fp, fn, p, g, hit, m, DENSE, OVERLAP, MASKED, PRODUCT_MASK, SHAPE
+                    )
+                if PLACES[9] >= 0:
+                    tn = add_negatives(tn, p, g, hit, inside, m, DENSE, MASKED, SHAPE)
+            if PLACES[3] >= 0:
+                volume = add_volume(volume, g, hit, m, DENSE, MASKED, SHAPE)
+            if VOXEL_TERM == CE:
+                nll = per_voxel(logarithm(sum_e), SHAPE) - t
+                pos = add_ce(pos, nll, g, hit, inside, m, DENSE, MASKED, SHAPE)
+                if PLACES[6] >= 0:
+                    ls += tile_sums(weighted(nll, inside, m, MASKED, SHAPE), SHAPE)
+            elif VOXEL_TERM == BCE or VOXEL_TERM == FOCAL_SIGMOID:
+                positive, negative = binary_rows(
+                    z, g, hit, inside, m, DENSE, VOXEL_TERM, GAMMA, MASKED, ASM, SHAPE
+                )
+                pos += tile_sums(positive, SHAPE)
+                neg += tile_sums(negative, SHAPE)
+            elif VOXEL_TERM == FOCAL_SOFTMAX:
+                log_p = focal_log_p(z, c, within, FIRST_CLASS, SHAPE, EVEN)
+                x = focal_row(log_p, c, g, hit, inside, m, DENSE, GAMMA, FIRST_CLASS, MASKED, SHAPE)
+                pos += tile_sums(x, SHAPE)
+        i_totals, fp_totals = add_run(i_totals, fp_totals, i, fp, PLACES[0], PLACES[1], SHAPE)
+        fn_totals, pos_totals = add_run(fn_totals, pos_totals, fn, pos, PLACES[2], PLACES[4], SHAPE)
+        g_totals, neg_totals = add_run(g_totals, neg_totals, volume, neg, PLACES[3], PLACES[5], SHAPE)
+        ls_totals, tn_totals = add_run(ls_totals, tn_totals, ls, tn, PLACES[6], PLACES[9], SHAPE)
+        if PLACES[8] >= 0:
+            bad_total += tl.sum(wrong, 0)
+        if PLACES[7] >= 0 and (SELECT or DENSE):
+            n_total += tl.sum(n, 0)
+        elif PLACES[7] >= 0:
+            n_total += left - tl.sum(wrong, 0)
+
+    if VOXEL_TERM == CE and tl.float32 == ACC:
+        pos_totals = pos_totals * LN2
+        ls_totals = ls_totals * LN2
+    WIDTH: tl.constexpr = PLACES[10]
+    slot = slots + program.to(tl.int64) * (C * WIDTH)
+    store_row(slot, c, i_totals, C, WIDTH, PLACES[0])
+    store_row(slot, c, fp_totals, C, WIDTH, PLACES[1])
+    store_row(slot, c, fn_totals, C, WIDTH, PLACES[2])
+    store_row(slot, c, g_totals, C, WIDTH, PLACES[3])
+    store_row(slot, c, pos_totals, C, WIDTH, PLACES[4])
+    store_row(slot, c, neg_totals, C, WIDTH, PLACES[5])
+    store_row(slot, c, ls_totals, C, WIDTH, PLACES[6])
+    store_row(slot, c, n_total + tl.zeros_like(i_totals), C, WIDTH, PLACES[7])
+    store_row(slot, c, tl.where(c == 0, bad_total, 0.0), C, WIDTH, PLACES[8])
+    store_row(slot, c, tn_totals, C, WIDTH, PLACES[9])
+
+
+def plan_sums(logits: Tensor, target: Tensor, mask: Tensor | None, slots: Tensor, spec: SumsSpec) -> Launch:
+    """The launch that fills ``slots`` (B, K, C, R) float64."""
+    seen = Problem.of(logits, target, mask, spec)
+    runs = chunk_voxels(seen.voxels) // RUN_VOXELS
+    args = (*seen.tensors(), slots, slots.shape[1], runs, *seen.numbers())
+    meta = seen.constants() | {"RUN": RUN_VOXELS}
+    return Launch(sums_kernel, (slots.shape[0] * slots.shape[1],), args, meta)
+
+
+def sums(logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec) -> Tensor:
+    """(B, K, C, R) float64: see dicekernels/ops.py."""
+    samples, classes = logits.shape[:2]
+    voxels = logits.shape[2:].numel()
+    slots = torch.empty(
+        (samples, chunk_count(voxels), classes, spec.rows.bit_count()),
+        dtype=torch.float64,
+        device=logits.device,
+    )
+    if logits.numel() == 0:
+        return slots.zero_()
+    logits, target, mask = flat_inputs(logits, target, mask)
+    launch(
+        lambda: plan_sums(logits, target, mask, slots, spec),
+        (logits, target, logits if mask is None else mask, slots),
+        (),
+        ("sums", spec, mask is None),
+    )
+    return slots

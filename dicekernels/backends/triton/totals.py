@@ -1,0 +1,107 @@
+"""What the kernel of ``finish`` reads and writes: chunks, weights, rows of the totals, slopes and losses."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .codes import GENERALIZED, REDUCE_NONE
+from .formulas import double
+
+
+@triton.jit
+def as_double(x):
+    """float64 of any dtype; bfloat16 by way of float32, as the interpreter has no other cast of it."""
+    if x.dtype == tl.bfloat16:
+        x = x.to(tl.float32)
+    return x.to(tl.float64)
+
+
+@triton.jit
+def factor(pointer, value):
+    """A lambda: read on the device if there is one, else the argument."""
+    if pointer is not None:
+        return as_double(tl.load(pointer))
+    else:
+        return double(value)
+
+
+@triton.jit
+def class_values(weights, c, valid):
+    """Weights of the classes in ``c``, 1 if there are none, 0 outside of ``valid``."""
+    if weights is not None:
+        return as_double(tl.load(weights + c, mask=valid, other=0))
+    else:
+        return tl.where(valid, tl.full(c.shape, 1.0, tl.float64), 0.0)
+
+
+@triton.jit
+def add_chunks(sums, totals, chunks, width, columns, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Totals of BLOCK_W columns, columns of all samples counted through."""
+    column = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
+    inside = column < columns
+    first = sums + (column // width).to(tl.int64) * chunks * width + column % width
+    total = tl.zeros((BLOCK_K, BLOCK_W), tl.float64)
+    for start in range(0, chunks, BLOCK_K):
+        chunk = start + tl.arange(0, BLOCK_K)[:, None]
+        total += tl.load(first + chunk.to(tl.int64) * width, mask=inside & (chunk < chunks), other=0.0)
+    tl.store(totals + column, tl.sum(total, 0, keep_dims=True), mask=inside)
+
+
+@triton.jit
+def load_row(totals, at, mask, PLACE: tl.constexpr):
+    """A row of the totals, zeros if it is off. From the L2 cache (.cg), where the other programs have written
+    it: a multiprocessor's L1 cache does not see what others write."""
+    if PLACE >= 0:
+        return tl.load(totals + at + PLACE, mask=mask, other=0.0, cache_modifier=".cg")
+    else:
+        return tl.zeros(mask.shape, tl.float64)
+
+
+@triton.jit
+def store_row(coef, at, slope, mask, spoilt, PLACE: tl.constexpr):
+    """A row of the slopes if it is on; zeros in a batch with labels out of range."""
+    if PLACE >= 0:
+        tl.store(coef + at + PLACE, tl.where(spoilt, 0.0, slope), mask=mask)
+
+
+@triton.jit
+def store_loss(loss, at, value, mask):
+    """Rounded from float64 as ``Tensor.to`` does: half precision by way of float32."""
+    dtype: tl.constexpr = loss.dtype.element_ty
+    if dtype == tl.float16 or dtype == tl.bfloat16:
+        value = value.to(tl.float32)
+    if dtype == tl.bfloat16:
+        # To the nearest, ties to even, in integers: the interpreter's cast cuts off what does not fit.
+        bits = value.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+    tl.store(loss + at, value.to(dtype), mask=mask)
+
+
+@triton.jit
+def add_terms(
+    region,
+    loss,
+    value,
+    group,
+    c,
+    mask,
+    outputs,
+    spoilt,
+    FORMULA: tl.constexpr,
+    SKIPPED: tl.constexpr,
+    REDUCTION: tl.constexpr,
+):
+    """Terms of the overlap loss, to their places if there is no reduction, else to those before."""
+    if FORMULA == GENERALIZED:
+        mask = mask & (c == 0)
+        at = tl.where(mask, group, 0)
+    else:
+        mask = mask & (c >= SKIPPED)
+        at = tl.where(mask, group * outputs + c - SKIPPED, 0)
+    if REDUCTION == REDUCE_NONE:
+        store_loss(loss, at, tl.where(spoilt, float("nan"), value), mask)
+    else:
+        region += tl.where(mask, value, 0.0)
+    return region

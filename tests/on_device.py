@@ -1,0 +1,65 @@
+"""A plugin that runs the contract of the backends on a GPU: ``bash bench/gpu.sh`` does.
+
+    DICEKERNELS_TEST_DEVICE=cuda PYTHONPATH=tests python -m pytest -p on_device -m "not slow" \
+        $(PYTHONPATH=tests python -m on_device)
+
+The problems of cases.py are then tensors of that device, and so are those that tests make by themselves.
+``oracle_rows`` computes on the CPU; the losses of ``dicekernels.reference`` run in float64 on the device. A
+default device would hide where the package makes a tensor without naming one: test_cuda.py has none.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+MODULES = ("sums", "numerics", "ops", "compile", "transforms", "determinism")
+# Tests by name, and why they do not speak of this device.
+NOT_HERE = {
+    "test_labels_out_of_range_are_counted_and_located": "no error where it costs a wait; see test_cuda.py",
+    "test_labels_out_of_range_are_an_error_there_too": "no error where it costs a wait; see test_cuda.py",
+    "test_generalized_dice_weights_below_float32": "calls the op of the CPU",
+    "test_offsets_beyond_two_to_the_31": "maps a file into the memory of the CPU; see test_cuda.py",
+    "test_a_target_that_requires_grad": "forces the backend of the CPU",
+    "test_a_mask_that_requires_grad": "forces the backend of the CPU",
+    "test_region_sums_of_a_target_that_requires_grad": "forces the backend of the CPU",
+    "test_a_forced_backend_that_cannot_run_gives_its_reason": "forces the backend of the CPU",
+    "test_the_forced_backend_is_the_one_that_runs": "forces the backend of the CPU",
+    "test_autocast": "autocast of the CPU; see test_cuda.py",
+    "test_a_network_with_its_loss_in_one_graph": "cuDNN's convolutions promise no bits",
+    "test_a_layout_does_not_change_the_bits": "layouts have tiles of their own, which order the sums",
+    "test_the_same_bits_on_any_number_of_threads_and_twice": "threads of the CPU; see test_cuda.py",
+    "test_every_cpu_level_keeps_the_bound": "instruction sets of the CPU",
+    "test_an_unknown_level_is_refused": "instruction sets of the CPU",
+}
+
+
+class Generator(torch.Generator):
+    """``torch.Generator()`` of the default device, as the tensors are that it draws."""
+
+    def __new__(cls, device: Any = None) -> Generator:
+        return super().__new__(cls, torch.get_default_device() if device is None else device)
+
+
+def pytest_configure() -> None:
+    device = os.environ.get("DICEKERNELS_TEST_DEVICE", "cpu")
+    if device == "cpu":
+        raise pytest.UsageError("on_device: DICEKERNELS_TEST_DEVICE names no other device; set it to cuda")
+    torch.set_default_device(device)
+    torch.Generator = Generator  # type: ignore[misc]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        name, _, parameters = item.name.partition("[")
+        if name in NOT_HERE:
+            item.add_marker(pytest.mark.skip(reason=NOT_HERE[name]))
+        elif "cpu" in parameters.rstrip("]").split("-"):
+            item.add_marker(pytest.mark.skip(reason="the backend of the CPU"))
+
+
+if __name__ == "__main__":
+    print(*(f"tests/test_{name}.py" for name in MODULES))
