@@ -47,10 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
         "compute-sanitizer", path="/usr/local/cuda/bin"
     )
     if program is None:
-        print(
+        raise SystemExit(
             "bench.sanitize: no compute-sanitizer on the PATH or in /usr/local/cuda/bin: nothing was checked"
         )
-        return
     failed = []
     for tool in options.tools:
         command = [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "5", *own]

@@ -243,7 +243,9 @@ def factor(name: str, value: float | Tensor, logits: Tensor) -> Tensor | None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: got {value.numel()} values, expected one number")
-        device = value.device if value.device.type == "cpu" else logits.device
+        # A graph that Inductor captures would keep the value that a tensor of the CPU has then.
+        stays = value.device.type == "cpu" and not torch.compiler.is_compiling()
+        device = value.device if stays else logits.device
         return value.reshape(()).to(device=device, dtype=torch.float64)
     non_negative(name, value)
     return None if value == 1.0 else torch.tensor(value, dtype=torch.float64)

@@ -28,10 +28,10 @@ compiles = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is set: run 
 
 # Instructions for each true class of a voxel in the loop over tiles, DiceCE, channel-first, sm_90.
 LIMITS = {"forward": {4: 20, 14: 20, 32: 20, 117: 27}, "backward": {4: 26, 14: 26, 32: 26, 117: 31}}
-# 21 in place of 20: two of the 16 classes of the tile are none, and a thread holds 8 voxels of 8 classes, so
-# what is done for a voxel (the logarithm, the label) is done twice. One instruction an element takes the
-# largest logit off before the product with log2(e): in one multiply-add the limit holds, but the cross entropy of a
-# perfect voxel is a rounding of either sign then, not 0.
+# 21 in place of 20: two of the 16 classes of the tile are none, and a thread holds 8 voxels of 8 classes,
+# so what is done for a voxel (the logarithm, the label) is done twice. One instruction an element takes
+# the largest logit off before the product with log2(e): in one multiply-add the limit holds, but the cross
+# entropy of a perfect voxel is a rounding of either sign then, not 0.
 EXCEPTIONS = {("forward", 14, "bfloat16"): 21}
 OPS = ("forward", "backward")
 

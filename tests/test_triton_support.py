@@ -30,6 +30,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(support, "triton_version", lambda: version)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+        monkeypatch.setattr(support, "_oldest", None)
         monkeypatch.setattr(torch.xpu, "is_available", lambda: xpu)
         if interpret is None:
             monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -1,4 +1,4 @@
-"""The numbers of dicekernels/spec.py and of its formulas, for the kernel of ``finish``.
+"""The numbers of dicekernels/spec.py as constants of kernels.
 
 Kernels import them by name: as globals of theirs they are part of the key under which Triton keeps compiled
 kernels on disk, so a number that changes compiles them anew.
@@ -10,8 +10,26 @@ import triton.language as tl
 
 from ... import finish as twin
 from ... import spec
-from .voxel_math import ROW_BAD, ROW_FN, ROW_FP, ROW_G, ROW_I, ROW_LS, ROW_N, ROW_NEG, ROW_POS, ROW_TN
 
+SIGMOID = tl.constexpr(int(spec.Activation.SIGMOID))
+SOFTMAX = tl.constexpr(int(spec.Activation.SOFTMAX))
+PRODUCT = tl.constexpr(int(spec.Overlap.PRODUCT))
+SQUARED = tl.constexpr(int(spec.Overlap.SQUARED))
+VOXEL_SQUARED = tl.constexpr(int(spec.Overlap.VOXEL_SQUARED))
+CE = tl.constexpr(int(spec.VoxelTerm.CE))
+BCE = tl.constexpr(int(spec.VoxelTerm.BCE))
+FOCAL_SIGMOID = tl.constexpr(int(spec.VoxelTerm.FOCAL_SIGMOID))
+FOCAL_SOFTMAX = tl.constexpr(int(spec.VoxelTerm.FOCAL_SOFTMAX))
+ROW_I = tl.constexpr(spec.ROWS.index("I"))
+ROW_FP = tl.constexpr(spec.ROWS.index("FP"))
+ROW_FN = tl.constexpr(spec.ROWS.index("FN"))
+ROW_G = tl.constexpr(spec.ROWS.index("G"))
+ROW_POS = tl.constexpr(spec.ROWS.index("POS"))
+ROW_NEG = tl.constexpr(spec.ROWS.index("NEG"))
+ROW_LS = tl.constexpr(spec.ROWS.index("LS"))
+ROW_N = tl.constexpr(spec.ROWS.index("N"))
+ROW_BAD = tl.constexpr(spec.ROWS.index("BAD"))
+ROW_TN = tl.constexpr(spec.ROWS.index("TN"))
 NONE = tl.constexpr(int(spec.Formula.NONE))
 RATIO = tl.constexpr(int(spec.Formula.RATIO))
 GENERALIZED = tl.constexpr(int(spec.Formula.GENERALIZED))
@@ -30,32 +48,3 @@ ONE = tl.constexpr(int(spec.Denominator.ONE))
 WEIGHTS = tl.constexpr(int(spec.Denominator.WEIGHTS))
 ELEMENTS = tl.constexpr(int(spec.Denominator.ELEMENTS))
 SAMPLES = tl.constexpr(int(spec.Denominator.SAMPLES))
-
-__all__ = [
-    "ELEMENTS",
-    "GENERALIZED",
-    "INFINITE_BELOW",
-    "LOG",
-    "LOWEST_SCORE",
-    "MCC",
-    "NONE",
-    "ONE",
-    "POWER",
-    "RATIO",
-    "REDUCE_MEAN",
-    "REDUCE_NONE",
-    "ROW_BAD",
-    "ROW_FN",
-    "ROW_FP",
-    "ROW_G",
-    "ROW_I",
-    "ROW_LS",
-    "ROW_N",
-    "ROW_NEG",
-    "ROW_POS",
-    "ROW_TN",
-    "SAMPLES",
-    "SQUARE",
-    "UNIFORM",
-    "WEIGHTS",
-]

@@ -40,8 +40,10 @@ from .codes import (
     SAMPLES,
     WEIGHTS,
 )
-from .formulas import double, overlap_terms
+from .formulas import double, region_terms
 from .launch import Launch, launch
+from .problem import places
+from .support import compiles_ptx
 from .ticket import ticket
 from .totals import (
     add_chunks,
@@ -50,7 +52,7 @@ from .totals import (
     factor,
     load_row,
     store_loss,
-    store_row,
+    store_slopes,
 )
 
 # Elements of the tiles: 16 and 2 doubles a thread.
@@ -59,9 +61,7 @@ CHUNK_TILE, CLASS_TILE = 4096, 512
 MAX_COLUMNS = 2**31 - CHUNK_TILE
 # One program evaluates, so registers are free: left alone, ptxas spills to fit a third one beside it.
 # An option of NVIDIA's compiler.
-REGISTERS = (
-    {"maxnreg": 255} if torch.version.hip is None and getattr(torch.version, "xpu", None) is None else {}
-)
+REGISTERS = {"maxnreg": 255} if compiles_ptx() else {}
 
 
 @triton.jit(
@@ -170,7 +170,7 @@ def finish_kernel(
     if BATCH and FORMULA != NONE:
         i, fp, fn = tl.sum(i, 0, keep_dims=True), tl.sum(fp, 0, keep_dims=True), tl.sum(fn, 0, keep_dims=True)
         g, tn = tl.sum(g, 0, keep_dims=True), tl.sum(tn, 0, keep_dims=True)
-        value, d_i, d_fp, d_fn, d_tn = overlap_terms(
+        value, d_i, d_fp, d_fn, d_tn = region_terms(
             i, fp, fn, g, tn, overlaps, numbers, FORMULA, TRANSFORM, GDL_WEIGHT
         )
         mask = (b == 0) & (c < classes)
@@ -195,19 +195,19 @@ def finish_kernel(
             fn = load_row(totals, at, valid, PLACES[ROW_FN])
             g = load_row(totals, at, valid, PLACES[ROW_G])
             tn = load_row(totals, at, valid, PLACES[ROW_TN])
-            value, d_i, d_fp, d_fn, d_tn = overlap_terms(
+            value, d_i, d_fp, d_fn, d_tn = region_terms(
                 i, fp, fn, g, tn, overlaps & valid, numbers, FORMULA, TRANSFORM, GDL_WEIGHT
             )
             region = add_terms(
                 region, loss, share * value, sample, c, valid, outputs, spoilt, FORMULA, SKIPPED, REDUCTION
             )
-        store_row(coef, at, tl.where(overlaps, share * d_i, zeros), valid, spoilt, PLACES[ROW_I])
-        store_row(coef, at, tl.where(overlaps, share * d_fp, zeros), valid, spoilt, PLACES[ROW_FP])
-        store_row(coef, at, tl.where(overlaps, share * d_fn, zeros), valid, spoilt, PLACES[ROW_FN])
-        store_row(coef, at, tl.where(overlaps, share * d_tn, zeros), valid, spoilt, PLACES[ROW_TN])
-        store_row(coef, at, zeros, valid, spoilt, PLACES[ROW_G])
-        store_row(coef, at, zeros, valid, spoilt, PLACES[ROW_N])
-        store_row(coef, at, zeros, valid, spoilt, PLACES[ROW_BAD])
+        store_slopes(coef, at, tl.where(overlaps, share * d_i, zeros), valid, spoilt, PLACES[ROW_I])
+        store_slopes(coef, at, tl.where(overlaps, share * d_fp, zeros), valid, spoilt, PLACES[ROW_FP])
+        store_slopes(coef, at, tl.where(overlaps, share * d_fn, zeros), valid, spoilt, PLACES[ROW_FN])
+        store_slopes(coef, at, tl.where(overlaps, share * d_tn, zeros), valid, spoilt, PLACES[ROW_TN])
+        store_slopes(coef, at, zeros, valid, spoilt, PLACES[ROW_G])
+        store_slopes(coef, at, zeros, valid, spoilt, PLACES[ROW_N])
+        store_slopes(coef, at, zeros, valid, spoilt, PLACES[ROW_BAD])
         if HAS_VOXEL_TERM:
             divisor = denominator
             if DENOMINATOR == SAMPLES:
@@ -225,9 +225,9 @@ def finish_kernel(
             if not EMPTY:
                 term = tl.where(divisor == 0, 0.0, term)
             voxel += tl.where(valid, term, 0.0)
-            store_row(coef, at, by_pos, valid, spoilt, PLACES[ROW_POS])
-            store_row(coef, at, by_ls, valid, spoilt, PLACES[ROW_LS])
-            store_row(coef, at, by_neg, valid, spoilt, PLACES[ROW_NEG])
+            store_slopes(coef, at, by_pos, valid, spoilt, PLACES[ROW_POS])
+            store_slopes(coef, at, by_ls, valid, spoilt, PLACES[ROW_LS])
+            store_slopes(coef, at, by_neg, valid, spoilt, PLACES[ROW_NEG])
 
     if REDUCTION != REDUCE_NONE:
         total = tl.sum(region)
@@ -254,12 +254,11 @@ def _meta(columns: int, classes: int, rows: int, *choices: Any) -> dict[str, Any
         "VOXEL_SKIPPED",
         "EMPTY",
     )
-    places = tuple(spec.row_index(rows, 1 << at) if rows >> at & 1 else -1 for at in range(len(spec.ROWS)))
     block_w = 4 if columns <= 512 else 16 if columns <= 8192 else 64
     block_c = triton.next_power_of_2(max(1, classes))
     return {
         "WIDTH": rows.bit_count(),
-        "PLACES": places,
+        "PLACES": places(rows),
         **dict(zip(names, choices, strict=True)),
         "BLOCK_W": block_w,
         "BLOCK_K": CHUNK_TILE // block_w,
@@ -316,7 +315,7 @@ def _values(name: str, tensor: Tensor | None, expected: int, device: torch.devic
         return None
     if tensor.numel() != expected:
         raise RuntimeError(f"{name}: got {tensor.numel()} values, expected {expected}")
-    return tensor.to(device, non_blocking=True).contiguous()
+    return tensor.to(device).contiguous()
 
 
 def _factor(name: str, tensor: Tensor | None, device: torch.device) -> tuple[Tensor | None, float]:

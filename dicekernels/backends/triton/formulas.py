@@ -116,7 +116,7 @@ def finish_generalized(i, fp, fn, g, valid, smooth_nr, smooth_dr, GDL_WEIGHT: tl
 
 
 @triton.jit
-def overlap_terms(
+def region_terms(
     i,
     fp,
     fn,

@@ -18,12 +18,12 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from .support import interpreted
+from .support import compiles_ptx
 
 # Layouts whose launches are remembered, the oldest forgotten first: patches may differ in size without end.
 LIMIT = 1024
 # The interpreter compiles nothing; compilers for AMD and Intel look at more of a tensor than ``launch`` does.
-REPLAYS = not interpreted() and torch.version.hip is None and getattr(torch.version, "xpu", None) is None
+REPLAYS = compiles_ptx()
 
 
 class Launch(NamedTuple):

@@ -121,7 +121,7 @@ def exponents(z, within, LOGS: tl.constexpr, SHAPE: tl.constexpr, EVEN: tl.const
 
 
 @triton.jit
-def power(t):
+def exponential(t):
     """exp of ``exponents``."""
     if t.dtype == tl.float64:
         return tl.exp(t)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...spec import ROWS, SumsSpec, VoxelTerm, row_index
 from .configs import Tile, choose_tile
-from .support import interpreted
+from .support import compiles_ptx
 
 # Voxel offsets are int32 inside of a sample.
 MAX_VOXELS = 2**31 - 2**20
@@ -25,16 +25,16 @@ class View(NamedTuple):
     channel: int
     voxel: int
 
-    def layout(self) -> tuple[int, int, int, bool, bool]:
+    def layout(self, elements: int) -> tuple[int, int, int, bool, bool]:
         """What a kernel is compiled for: divisors of the three strides, and whether voxels or channels are
-        contiguous.
+        contiguous. ``elements``: that a thread reads at a time, those of 16 bytes of logits.
 
         Triton sees of an integer argument only whether 16 divides it, and compiles a variant for each
         outcome. So what lies between two rows of contiguous elements comes divided by the elements of a
         16-byte access, as far as those divide it, and the kernels multiply by them as a constant: rows of 8
         elements are enough for wide loads of half precision, 4 for float32.
         """
-        vector = 16 // self.data.element_size()
+        vector = min(elements, 16 // self.data.element_size())
         if self.voxel == 1:
             rows = math.gcd(vector, self.batch, self.channel)
             return rows, rows, 1, True, self.channel == 1
@@ -43,9 +43,9 @@ class View(NamedTuple):
             return rows, 1, rows, False, True
         return 1, 1, 1, False, False
 
-    def strides(self) -> tuple[int, int, int]:
+    def strides(self, elements: int) -> tuple[int, int, int]:
         """The strides divided as ``layout`` says."""
-        batch, channel, voxel, *_ = self.layout()
+        batch, channel, voxel, *_ = self.layout(elements)
         return self.batch // batch, self.channel // channel, self.voxel // voxel
 
 
@@ -144,17 +144,22 @@ class Problem:
         ignored = self.spec.ignore_index
         mask = (0, 0) if self.mask is None else (self.mask.batch, self.mask.voxel)
         return (
-            self.voxels // self._divisor(),
-            *self.logits.strides(),
-            *self.target.strides(),
+            self.voxels // self.unit(),
+            *self.logits.strides(self.elements),
+            *self.target.strides(self.elements),
             *mask,
             0 if ignored is None else ignored,
             1,
         )
 
-    def _divisor(self) -> int:
-        """Of the voxel count: see View.layout."""
-        return math.gcd(16, self.voxels)
+    @property
+    def elements(self) -> int:
+        """Logits in 16 bytes."""
+        return 16 // self.logits.data.element_size()
+
+    def unit(self) -> int:
+        """What the voxel count comes divided by: see View.layout."""
+        return math.gcd(self.elements, self.voxels)
 
     def constants(self) -> dict[str, Any]:
         """Constexprs of both passes, and the warps of a program."""
@@ -165,32 +170,26 @@ class Problem:
             "ACTIVATION": int(spec.activation),
             "OVERLAP": int(spec.overlap),
             "VOXEL_TERM": int(spec.voxel_term),
-            "PLACES": _places(spec.rows),
+            "PLACES": places(spec.rows),
             "HAS_IGNORE": spec.ignore_index is not None and not spec.dense,
             "PRODUCT_MASK": spec.product_mask,
             "GAMMA": spec.focal_gamma,
             "FIRST_CLASS": spec.first_class,
             "MASKED": self.mask is not None,
             "EVEN": self.voxels % self.tile.shape[1] == 0,
-            "VOXELS": self._divisor(),
-            "LOGITS": self.logits.layout(),
-            "TARGET": self.target.layout(),
-            "OUT": self.out.layout(),
-            "ASM": _inline_ptx(),
+            "VOXEL_UNIT": self.unit(),
+            "LOGITS": self.logits.layout(self.elements),
+            "TARGET": self.target.layout(self.elements),
+            "ASM": compiles_ptx(),
             "SHAPE": self.tile.shape,
             "SCATTERED": self.tile.scattered,
             "num_warps": self.tile.warps,
             # Multiply-adds are part of the recipe; triton 3.9 makes them an option.
             "enable_fp_fusion": True,
-        } | ({"maxnreg": self.tile.registers} if _inline_ptx() else {})
+        } | ({"maxnreg": self.tile.registers} if compiles_ptx() else {})
 
 
-def _places(rows: int) -> tuple[int, ...]:
+def places(rows: int) -> tuple[int, ...]:
     """Where each row of ``spec.ROWS`` stands among those that are on (-1: it is off), and how many are on."""
-    places = (row_index(rows, 1 << row) if rows >> row & 1 else -1 for row in range(len(ROWS)))
-    return (*places, rows.bit_count())
-
-
-def _inline_ptx() -> bool:
-    """Whether kernels may hold PTX: for NVIDIA's GPUs, and not in the interpreter."""
-    return not interpreted() and torch.version.hip is None
+    found = (row_index(rows, 1 << row) if rows >> row & 1 else -1 for row in range(len(ROWS)))
+    return (*found, rows.bit_count())

@@ -5,21 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .loads import exponents, logarithm, natural, power
+from .codes import BCE, PRODUCT, SIGMOID, SOFTMAX
+from .loads import exponential, exponents, logarithm, natural
 from .tile import add_where, all_voxels, class_sum, per_voxel, tile_sums
-from .voxel_math import (
-    BCE,
-    PRODUCT,
-    SIGMOID,
-    SOFTMAX,
-    hard_focal,
-    overlap_terms,
-    reciprocal,
-    sigmoid,
-    sigmoid_focal,
-    softmax_focal,
-    softplus,
-)
+from .voxel_math import hard_focal, overlap_terms, reciprocal, sigmoid, sigmoid_focal, softmax_focal, softplus
 
 
 @triton.jit
@@ -154,7 +143,7 @@ def binary_rows(
 def focal_log_p(z, c, within, FIRST_CLASS: tl.constexpr, SHAPE: tl.constexpr, EVEN: tl.constexpr):
     """log of the softmax over the classes from FIRST_CLASS on."""
     t = exponents(tl.where(c >= FIRST_CLASS, z, float("-inf")), within, True, SHAPE, EVEN)
-    return natural(t - per_voxel(logarithm(class_sum(power(t), SHAPE)), SHAPE))
+    return natural(t - per_voxel(logarithm(class_sum(exponential(t), SHAPE)), SHAPE))
 
 
 @triton.jit

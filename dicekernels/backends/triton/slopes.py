@@ -5,16 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .codes import BCE, PRODUCT
 from .tile import class_sum, per_voxel
-from .voxel_math import (
-    BCE,
-    PRODUCT,
-    hard_focal,
-    overlap_slope,
-    sigmoid,
-    sigmoid_focal,
-    softmax_focal,
-)
+from .voxel_math import hard_focal, overlap_slope, sigmoid, sigmoid_focal, softmax_focal
 
 
 @triton.jit
@@ -99,6 +92,7 @@ def focal_gradient(
     g,
     hit,
     a_pos,
+    C: tl.constexpr,
     DENSE: tl.constexpr,
     GAMMA: tl.constexpr,
     FIRST_CLASS: tl.constexpr,
@@ -107,7 +101,8 @@ def focal_gradient(
     """Of the softmax focal loss over the classes from FIRST_CLASS on."""
     _, slope = softmax_focal(log_p, GAMMA)
     if DENSE:
-        own = tl.where(c >= FIRST_CLASS, a_pos * g * slope, 0.0)
+        # Beside the classes log p is -inf and the slope NaN.
+        own = tl.where((c >= FIRST_CLASS) & (c < C), a_pos * g * slope, 0.0)
     else:
         own = tl.where(hit & (c >= FIRST_CLASS), a_pos * slope, 0.0)
     # log p of the classes before FIRST_CLASS is -inf, their p 0.

@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...spec import RUN_VOXELS, SumsSpec, chunk_count, chunk_voxels
+from .codes import BCE, CE, FOCAL_SIGMOID, FOCAL_SOFTMAX, SOFTMAX
 from .launch import Launch, launch
-from .loads import exponents, load_tile, load_voxels, logarithm, power, voxel_offset
+from .loads import exponential, exponents, load_tile, load_voxels, logarithm, voxel_offset
 from .problem import Problem, flat_inputs
 from .rows import (
     add_ce,
@@ -25,13 +26,14 @@ from .rows import (
     weighted,
 )
 from .tile import all_voxels, class_index, class_offset, class_sum, per_voxel, tile_sums, zero_sums
-from .voxel_math import BCE, CE, FOCAL_SIGMOID, FOCAL_SOFTMAX, LN2, SOFTMAX
+from .voxel_math import LN2
 
 
 # A variant for each multiple of 16 would be compiled in the middle of a training with patches of many sizes.
 @triton.jit(
     do_not_specialize=[
         "chunks",
+        "runs",
         "voxels",
         "logits_batch",
         "logits_channel",
@@ -74,14 +76,14 @@ def sums_kernel(
     FIRST_CLASS: tl.constexpr,
     MASKED: tl.constexpr,
     EVEN: tl.constexpr,
-    VOXELS: tl.constexpr,
+    VOXEL_UNIT: tl.constexpr,
     LOGITS: tl.constexpr,
     TARGET: tl.constexpr,
-    OUT: tl.constexpr,
     ASM: tl.constexpr,
     SHAPE: tl.constexpr,
     SCATTERED: tl.constexpr,
     RUN: tl.constexpr,
+    ONE_RUN: tl.constexpr,
     PLACES: tl.constexpr,
 ):
     ACC: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
@@ -93,7 +95,7 @@ def sums_kernel(
     program = tl.program_id(0)
     sample = (program // chunks).to(tl.int64)
     chunk = program % chunks
-    voxels = voxels * VOXELS
+    voxels = voxels * VOXEL_UNIT
     c = class_index(SHAPE)
     # Rows in int64: classes times voxels pass 2^31 inside of one sample.
     logits_row = (
@@ -117,7 +119,7 @@ def sums_kernel(
     ls_totals = i_totals
     n_total = tl.zeros((), tl.float64)
     bad_total = tl.zeros((), tl.float64)
-    for run in range(runs):
+    for run in range(1 if ONE_RUN else runs):
         i = zero_sums(SHAPE, ACC)
         fp = i
         fn = i
@@ -180,7 +182,7 @@ def sums_kernel(
             sum_e = z
             if NEEDS_SOFTMAX:
                 t = exponents(z, within, VOXEL_TERM == CE, SHAPE, EVEN)
-                e = power(t)
+                e = exponential(t)
                 sum_e = class_sum(e, SHAPE)
             if OVERLAPS or PLACES[9] >= 0:
                 p = probabilities(z, e, sum_e, inside, ACTIVATION, ASM, SHAPE)
@@ -240,7 +242,7 @@ def plan_sums(logits: Tensor, target: Tensor, mask: Tensor | None, slots: Tensor
     seen = Problem.of(logits, target, mask, spec)
     runs = chunk_voxels(seen.voxels) // RUN_VOXELS
     args = (*seen.tensors(), slots, slots.shape[1], runs, *seen.numbers())
-    meta = seen.constants() | {"RUN": RUN_VOXELS}
+    meta = seen.constants() | {"RUN": RUN_VOXELS, "ONE_RUN": runs == 1}
     return Launch(sums_kernel, (slots.shape[0] * slots.shape[1],), args, meta)
 
 

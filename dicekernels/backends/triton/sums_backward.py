@@ -8,13 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ...spec import SumsSpec
+from .codes import BCE, CE, FOCAL_SIGMOID, FOCAL_SOFTMAX, SIGMOID, SOFTMAX
 from .launch import Launch, launch
-from .loads import exponents, load_tile, load_voxels, power, voxel_offset
+from .loads import exponential, exponents, load_tile, load_voxels, voxel_offset
 from .problem import Problem, flat_inputs, is_flat
 from .rows import focal_log_p, probabilities
 from .slopes import binary_gradient, ce_pull, focal_gradient, load_slope, overlap_slopes
 from .tile import class_index, class_offset, class_sum, per_voxel
-from .voxel_math import BCE, CE, FOCAL_SIGMOID, FOCAL_SOFTMAX, SIGMOID, SOFTMAX
 
 # Voxels of a program: enough to load the slopes once for many tiles, few enough to fill a GPU.
 SPAN = 4096
@@ -94,7 +94,7 @@ def sums_backward_kernel(
     FIRST_CLASS: tl.constexpr,
     MASKED: tl.constexpr,
     EVEN: tl.constexpr,
-    VOXELS: tl.constexpr,
+    VOXEL_UNIT: tl.constexpr,
     LOGITS: tl.constexpr,
     TARGET: tl.constexpr,
     OUT: tl.constexpr,
@@ -114,7 +114,7 @@ def sums_backward_kernel(
     program = tl.program_id(0)
     sample = (program // spans).to(tl.int64)
     first = program % spans * SPAN
-    voxels = voxels * VOXELS
+    voxels = voxels * VOXEL_UNIT
     c = class_index(SHAPE)
     logits_row = (
         logits + sample * logits_batch * LOGITS[0] + class_offset(c, logits_channel, one, LOGITS, SCATTERED)
@@ -184,7 +184,7 @@ def sums_backward_kernel(
         pull = z
         result = tl.zeros_like(z)
         if NEEDS_SOFTMAX:
-            e = power(exponents(z, within, False, SHAPE, EVEN))
+            e = exponential(exponents(z, within, False, SHAPE, EVEN))
             p = probabilities(z, e, class_sum(e, SHAPE), inside, SOFTMAX, ASM, SHAPE)
         if VOXEL_TERM == CE:
             pull = ce_pull(g, hit, a_pos, a_ls, DENSE, PLACES[6] >= 0)
@@ -213,10 +213,10 @@ def sums_backward_kernel(
             result += binary_gradient(z, g, hit, a_pos, a_neg, DENSE, VOXEL_TERM, GAMMA, ASM)
         elif VOXEL_TERM == FOCAL_SOFTMAX:
             log_p = focal_log_p(z, c, within, FIRST_CLASS, SHAPE, EVEN)
-            result += focal_gradient(log_p, c, g, hit, a_pos, DENSE, GAMMA, FIRST_CLASS, SHAPE)
+            result += focal_gradient(log_p, c, g, hit, a_pos, C, DENSE, GAMMA, FIRST_CLASS, SHAPE)
         if MASKED:
             result *= per_voxel(m, SHAPE)
-        elif HAS_IGNORE or not DENSE:
+        if MASKED or HAS_IGNORE or not DENSE:
             result = tl.where(per_voxel(inside, SHAPE), result, 0.0)
         out = gradient_row + per_voxel(voxel_offset(v, gradient_voxel, OUT), SHAPE)
         result = result.to(gradient.dtype.element_ty)
@@ -254,10 +254,14 @@ def plan_sums_backward(
         grad_batch,
         grad_class,
         skipped,
-        *seen.out.strides(),
+        *seen.out.strides(seen.elements),
         *seen.numbers(),
     )
-    meta = seen.constants() | {"SPAN": SPAN, "GRAD": -1 if grad_loss is None else grad_loss.ndim}
+    meta = seen.constants() | {
+        "OUT": seen.out.layout(seen.elements),
+        "SPAN": SPAN,
+        "GRAD": -1 if grad_loss is None else grad_loss.ndim,
+    }
     return Launch(sums_backward_kernel, (samples * spans,), args, meta)
 
 

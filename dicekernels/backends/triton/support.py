@@ -25,6 +25,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+def compiles_ptx() -> bool:
+    """Whether kernels are compiled by NVIDIA's assembler, with its options and PTX in the text."""
+    return not interpreted() and torch.version.hip is None and getattr(torch.version, "xpu", None) is None
+
+
 def triton_version() -> str | None:
     """Version of the installed triton, None if there is none."""
     if importlib.util.find_spec("triton") is None:
@@ -73,9 +78,15 @@ def can_run(device: str, dtype: torch.dtype, classes: int) -> str:
     return ""
 
 
+_oldest: tuple[int, int] | None = None
+
+
 def _oldest_capability() -> tuple[int, int]:
     """Of the GPUs that this process sees; asked only for logits on one, so CUDA is up already."""
-    return min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+    global _oldest
+    if _oldest is None:
+        _oldest = min(torch.cuda.get_device_capability(at) for at in range(torch.cuda.device_count()))
+    return _oldest
 
 
 # What torch.compiler.assume_constant_result does; that imports torch._dynamo, which doubles the time of our

@@ -17,6 +17,9 @@ def ticket(device: torch.device) -> Tensor:
     One for each stream of a GPU, since launches of one stream do not overlap. A graph may be replayed on any
     stream, so a captured launch gets one of its own, cleared by the graph.
     """
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return ticket(device)
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
     key = (device, driver.active.get_current_stream(device.index))

@@ -59,7 +59,7 @@ def load_row(totals, at, mask, PLACE: tl.constexpr):
 
 
 @triton.jit
-def store_row(coef, at, slope, mask, spoilt, PLACE: tl.constexpr):
+def store_slopes(coef, at, slope, mask, spoilt, PLACE: tl.constexpr):
     """A row of the slopes if it is on; zeros in a batch with labels out of range."""
     if PLACE >= 0:
         tl.store(coef + at + PLACE, tl.where(spoilt, 0.0, slope), mask=mask)

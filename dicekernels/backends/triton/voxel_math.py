@@ -10,27 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The numbers of dicekernels/spec.py; a kernel reads no global that is not a constexpr.
-SIGMOID = tl.constexpr(1)
-SOFTMAX = tl.constexpr(2)
-PRODUCT = tl.constexpr(0)
-MIN = tl.constexpr(1)
-SQUARED = tl.constexpr(2)
-VOXEL_SQUARED = tl.constexpr(3)
-CE = tl.constexpr(1)
-BCE = tl.constexpr(2)
-FOCAL_SIGMOID = tl.constexpr(3)
-FOCAL_SOFTMAX = tl.constexpr(4)
-ROW_I = tl.constexpr(0)
-ROW_FP = tl.constexpr(1)
-ROW_FN = tl.constexpr(2)
-ROW_G = tl.constexpr(3)
-ROW_POS = tl.constexpr(4)
-ROW_NEG = tl.constexpr(5)
-ROW_LS = tl.constexpr(6)
-ROW_N = tl.constexpr(7)
-ROW_BAD = tl.constexpr(8)
-ROW_TN = tl.constexpr(9)
+from .codes import PRODUCT, SQUARED, VOXEL_SQUARED
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
