@@ -67,13 +67,13 @@ CHANNELS_LAST_ODD = {
     256: ((32, 8, 8), (32, 8, 8)),
     512: ((16, 16, 8), (32, 8, 8)),
 }
-# Most elements in one thread for what needs more registers: dense targets; binary voxel terms (BCE, focal),
-# and dense targets beside channels-last logits, whose tiles change their layout.
-DENSE_ELEMENTS = 32
+# Most elements in one thread for what needs more registers: dense targets and masks; binary voxel terms (BCE,
+# focal), and dense targets beside channels-last logits, whose tiles change their layout.
+WIDER_ELEMENTS = 32
 BINARY_ELEMENTS = 16
 
 # (BLOCK_C, bytes of a logit, backward) that reach a step of occupancy without spilling.
-FEWER_REGISTERS = {(16, 4, False): 200}
+FEWER_REGISTERS = {(16, 4, False): 224}
 
 
 def choose_tile(
@@ -82,6 +82,7 @@ def choose_tile(
     channels_last: bool,
     backward: bool,
     dense: bool = False,
+    masked: bool = False,
     binary: bool = False,
 ) -> Tile:
     """The tile of a kernel for logits of ``itemsize`` bytes.
@@ -90,7 +91,11 @@ def choose_tile(
     """
     block_c = 1 << (classes - 1).bit_length()
     vector = 16 // itemsize
-    most = BINARY_ELEMENTS if binary or (dense and channels_last) else DENSE_ELEMENTS if dense else 64
+    most = 64
+    if binary or (dense and channels_last):
+        most = BINARY_ELEMENTS
+    elif dense or masked:
+        most = WIDER_ELEMENTS
     if channels_last and classes % vector:
         block_n, lanes, warps = CHANNELS_LAST_ODD[block_c][backward]
         fold = 32 // lanes * warps

@@ -132,7 +132,9 @@ class Problem:
         itemsize = logits.element_size()
         channels_last = seen.voxel != 1 and seen.channel == 1
         binary = spec.voxel_term in (VoxelTerm.BCE, VoxelTerm.FOCAL_SIGMOID)
-        tile = choose_tile(classes, itemsize, channels_last, gradient is not None, spec.dense, binary)
+        tile = choose_tile(
+            classes, itemsize, channels_last, gradient is not None, spec.dense, mask is not None, binary
+        )
         return Problem(seen, labels, weights, spec, classes, voxels, tile, out)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
