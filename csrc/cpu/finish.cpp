@@ -57,17 +57,14 @@ void store(const std::vector<double>& values, Tensor& out) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> finish_op(const Tensor& sums, const std::optional<Tensor>& class_weight,
-                                     const std::optional<Tensor>& pos_weight,
-                                     const std::optional<Tensor>& neg_weight,
-                                     const std::optional<Tensor>& region_lambda,
-                                     const std::optional<Tensor>& voxel_lambda, int64_t rows,
-                                     int64_t formula, double kappa, double alpha, double beta,
-                                     double smooth_nr, double smooth_dr, int64_t transform,
-                                     double exponent, int64_t gdl_weight, int64_t skipped,
-                                     bool batch, int64_t reduction, double label_smoothing,
-                                     int64_t denominator, int64_t voxel_skipped, bool empty,
-                                     torch::headeronly::ScalarType dtype) {
+std::tuple<Tensor, Tensor> finish_op(
+    const Tensor& sums, const std::optional<Tensor>& class_weight,
+    const std::optional<Tensor>& pos_weight, const std::optional<Tensor>& neg_weight,
+    const std::optional<Tensor>& region_lambda, const std::optional<Tensor>& voxel_lambda,
+    int64_t rows, int64_t formula, double kappa, double alpha, double beta, double smooth_nr,
+    double smooth_dr, int64_t transform, double exponent, int64_t gdl_weight, int64_t skipped,
+    bool batch, int64_t reduction, double label_smoothing, int64_t denominator,
+    int64_t voxel_skipped, bool empty, torch::headeronly::ScalarType dtype) {
   const int64_t samples = sums.size(0), chunks = sums.size(1), classes = sums.size(2);
   const FinishSpec f{rows,
                      static_cast<Formula>(formula),
