@@ -8,7 +8,23 @@ import triton.language as tl
 from torch import Tensor
 
 from ...spec import RUN_VOXELS, SumsSpec, chunk_count, chunk_voxels
-from .codes import BCE, CE, FOCAL_SIGMOID, FOCAL_SOFTMAX, SOFTMAX
+from .codes import (
+    BCE,
+    CE,
+    FOCAL_SIGMOID,
+    FOCAL_SOFTMAX,
+    ROW_BAD,
+    ROW_FN,
+    ROW_FP,
+    ROW_G,
+    ROW_I,
+    ROW_LS,
+    ROW_N,
+    ROW_NEG,
+    ROW_POS,
+    ROW_TN,
+    SOFTMAX,
+)
 from .launch import Launch, launch
 from .loads import exponential, exponents, load_tile, load_voxels, logarithm, voxel_offset
 from .problem import Problem, flat_inputs
@@ -91,7 +107,7 @@ def sums_kernel(
     NEEDS_SOFTMAX: tl.constexpr = ACTIVATION == SOFTMAX or VOXEL_TERM == CE
     PAD: tl.constexpr = float("-inf") if NEEDS_SOFTMAX or VOXEL_TERM == FOCAL_SOFTMAX else 0.0
     BLOCK_N: tl.constexpr = SHAPE[1]
-    OVERLAPS: tl.constexpr = PLACES[0] >= 0 or PLACES[1] >= 0 or PLACES[2] >= 0
+    OVERLAPS: tl.constexpr = PLACES[ROW_I] >= 0 or PLACES[ROW_FP] >= 0 or PLACES[ROW_FN] >= 0
     program = tl.program_id(0)
     sample = (program // chunks).to(tl.int64)
     chunk = program % chunks
@@ -170,9 +186,9 @@ def sums_kernel(
                     g = tl.where(per_voxel(inside, SHAPE), g, 0.0)
             else:
                 hit = per_voxel(label, SHAPE) == c
-            if PLACES[7] >= 0 and MASKED:
+            if PLACES[ROW_N] >= 0 and MASKED:
                 n += m
-            elif PLACES[7] >= 0 and (SELECT or DENSE):
+            elif PLACES[ROW_N] >= 0 and (SELECT or DENSE):
                 n = tl.where(inside, n + 1, n)
             if not DENSE:
                 wrong = tl.where(bad, wrong + 1, wrong)
@@ -184,20 +200,20 @@ def sums_kernel(
                 t = exponents(z, within, VOXEL_TERM == CE, SHAPE, EVEN)
                 e = exponential(t)
                 sum_e = class_sum(e, SHAPE)
-            if OVERLAPS or PLACES[9] >= 0:
+            if OVERLAPS or PLACES[ROW_TN] >= 0:
                 p = probabilities(z, e, sum_e, inside, ACTIVATION, ASM, SHAPE)
                 if OVERLAPS:
                     i, fp, fn = add_overlap_rows(
                         i, fp, fn, p, g, hit, m, DENSE, OVERLAP, MASKED, PRODUCT_MASK, SHAPE
                     )
-                if PLACES[9] >= 0:
+                if PLACES[ROW_TN] >= 0:
                     tn = add_negatives(tn, p, g, hit, inside, m, DENSE, MASKED, SHAPE)
-            if PLACES[3] >= 0:
+            if PLACES[ROW_G] >= 0:
                 volume = add_volume(volume, g, hit, m, DENSE, MASKED, SHAPE)
             if VOXEL_TERM == CE:
                 nll = per_voxel(logarithm(sum_e), SHAPE) - t
                 pos = add_ce(pos, nll, g, hit, inside, m, DENSE, MASKED, SHAPE)
-                if PLACES[6] >= 0:
+                if PLACES[ROW_LS] >= 0:
                     ls += tile_sums(weighted(nll, inside, m, MASKED, SHAPE), SHAPE)
             elif VOXEL_TERM == BCE or VOXEL_TERM == FOCAL_SIGMOID:
                 positive, negative = binary_rows(
@@ -209,32 +225,36 @@ def sums_kernel(
                 log_p = focal_log_p(z, c, within, FIRST_CLASS, SHAPE, EVEN)
                 x = focal_row(log_p, c, g, hit, inside, m, DENSE, GAMMA, FIRST_CLASS, MASKED, SHAPE)
                 pos += tile_sums(x, SHAPE)
-        i_totals, fp_totals = add_run(i_totals, fp_totals, i, fp, PLACES[0], PLACES[1], SHAPE)
-        fn_totals, pos_totals = add_run(fn_totals, pos_totals, fn, pos, PLACES[2], PLACES[4], SHAPE)
-        g_totals, neg_totals = add_run(g_totals, neg_totals, volume, neg, PLACES[3], PLACES[5], SHAPE)
-        ls_totals, tn_totals = add_run(ls_totals, tn_totals, ls, tn, PLACES[6], PLACES[9], SHAPE)
-        if PLACES[8] >= 0:
+        i_totals, fp_totals = add_run(i_totals, fp_totals, i, fp, PLACES[ROW_I], PLACES[ROW_FP], SHAPE)
+        fn_totals, pos_totals = add_run(
+            fn_totals, pos_totals, fn, pos, PLACES[ROW_FN], PLACES[ROW_POS], SHAPE
+        )
+        g_totals, neg_totals = add_run(
+            g_totals, neg_totals, volume, neg, PLACES[ROW_G], PLACES[ROW_NEG], SHAPE
+        )
+        ls_totals, tn_totals = add_run(ls_totals, tn_totals, ls, tn, PLACES[ROW_LS], PLACES[ROW_TN], SHAPE)
+        if PLACES[ROW_BAD] >= 0:
             bad_total += tl.sum(wrong, 0)
-        if PLACES[7] >= 0 and (SELECT or DENSE):
+        if PLACES[ROW_N] >= 0 and (SELECT or DENSE):
             n_total += tl.sum(n, 0)
-        elif PLACES[7] >= 0:
+        elif PLACES[ROW_N] >= 0:
             n_total += left - tl.sum(wrong, 0)
 
-    if VOXEL_TERM == CE and tl.float32 == ACC:
+    if VOXEL_TERM == CE and ACC == tl.float32:
         pos_totals = pos_totals * LN2
         ls_totals = ls_totals * LN2
-    WIDTH: tl.constexpr = PLACES[10]
+    WIDTH: tl.constexpr = PLACES[10]  # behind the places of the ten rows
     slot = slots + program.to(tl.int64) * (C * WIDTH)
-    store_row(slot, c, i_totals, C, WIDTH, PLACES[0])
-    store_row(slot, c, fp_totals, C, WIDTH, PLACES[1])
-    store_row(slot, c, fn_totals, C, WIDTH, PLACES[2])
-    store_row(slot, c, g_totals, C, WIDTH, PLACES[3])
-    store_row(slot, c, pos_totals, C, WIDTH, PLACES[4])
-    store_row(slot, c, neg_totals, C, WIDTH, PLACES[5])
-    store_row(slot, c, ls_totals, C, WIDTH, PLACES[6])
-    store_row(slot, c, n_total + tl.zeros_like(i_totals), C, WIDTH, PLACES[7])
-    store_row(slot, c, tl.where(c == 0, bad_total, 0.0), C, WIDTH, PLACES[8])
-    store_row(slot, c, tn_totals, C, WIDTH, PLACES[9])
+    store_row(slot, c, i_totals, C, WIDTH, PLACES[ROW_I])
+    store_row(slot, c, fp_totals, C, WIDTH, PLACES[ROW_FP])
+    store_row(slot, c, fn_totals, C, WIDTH, PLACES[ROW_FN])
+    store_row(slot, c, g_totals, C, WIDTH, PLACES[ROW_G])
+    store_row(slot, c, pos_totals, C, WIDTH, PLACES[ROW_POS])
+    store_row(slot, c, neg_totals, C, WIDTH, PLACES[ROW_NEG])
+    store_row(slot, c, ls_totals, C, WIDTH, PLACES[ROW_LS])
+    store_row(slot, c, n_total + tl.zeros_like(i_totals), C, WIDTH, PLACES[ROW_N])
+    store_row(slot, c, tl.where(c == 0, bad_total, 0.0), C, WIDTH, PLACES[ROW_BAD])
+    store_row(slot, c, tn_totals, C, WIDTH, PLACES[ROW_TN])
 
 
 def plan_sums(logits: Tensor, target: Tensor, mask: Tensor | None, slots: Tensor, spec: SumsSpec) -> Launch:

@@ -8,7 +8,21 @@ import triton.language as tl
 from torch import Tensor
 
 from ...spec import SumsSpec
-from .codes import BCE, CE, FOCAL_SIGMOID, FOCAL_SOFTMAX, SIGMOID, SOFTMAX
+from .codes import (
+    BCE,
+    CE,
+    FOCAL_SIGMOID,
+    FOCAL_SOFTMAX,
+    ROW_FN,
+    ROW_FP,
+    ROW_I,
+    ROW_LS,
+    ROW_NEG,
+    ROW_POS,
+    ROW_TN,
+    SIGMOID,
+    SOFTMAX,
+)
 from .launch import Launch, launch
 from .loads import exponential, exponents, load_tile, load_voxels, voxel_offset
 from .problem import Problem, flat_inputs, is_flat
@@ -109,8 +123,8 @@ def sums_backward_kernel(
     NEEDS_SOFTMAX: tl.constexpr = ACTIVATION == SOFTMAX or VOXEL_TERM == CE
     PAD: tl.constexpr = float("-inf") if NEEDS_SOFTMAX or VOXEL_TERM == FOCAL_SOFTMAX else 0.0
     BLOCK_N: tl.constexpr = SHAPE[1]
-    OVERLAPS: tl.constexpr = PLACES[0] >= 0 or PLACES[1] >= 0 or PLACES[2] >= 0
-    WIDTH: tl.constexpr = PLACES[10]
+    OVERLAPS: tl.constexpr = PLACES[ROW_I] >= 0 or PLACES[ROW_FP] >= 0 or PLACES[ROW_FN] >= 0
+    WIDTH: tl.constexpr = PLACES[10]  # behind the places of the ten rows
     program = tl.program_id(0)
     sample = (program // spans).to(tl.int64)
     first = program % spans * SPAN
@@ -131,15 +145,15 @@ def sums_backward_kernel(
         mask_row = mask + sample * mask_batch
     slopes = coef + sample * (C * WIDTH)
     grad = load_grad(grad_loss, sample, c, grad_batch, grad_class, skipped, C, GRAD)
-    a_i = load_slope(slopes, grad, c, ACC, C, WIDTH, PLACES[0])
-    a_fp = load_slope(slopes, grad, c, ACC, C, WIDTH, PLACES[1])
-    a_fn = load_slope(slopes, grad, c, ACC, C, WIDTH, PLACES[2])
-    a_pos = load_slope(slopes, grad, c, ACC, C, WIDTH, PLACES[4])
-    a_neg = load_slope(slopes, grad, c, ACC, C, WIDTH, PLACES[5])
-    a_ls = load_slope(slopes, grad, c, ACC, C, WIDTH, PLACES[6])
-    if PLACES[9] >= 0:
+    a_i = load_slope(slopes, grad, c, ACC, C, WIDTH, PLACES[ROW_I])
+    a_fp = load_slope(slopes, grad, c, ACC, C, WIDTH, PLACES[ROW_FP])
+    a_fn = load_slope(slopes, grad, c, ACC, C, WIDTH, PLACES[ROW_FN])
+    a_pos = load_slope(slopes, grad, c, ACC, C, WIDTH, PLACES[ROW_POS])
+    a_neg = load_slope(slopes, grad, c, ACC, C, WIDTH, PLACES[ROW_NEG])
+    a_ls = load_slope(slopes, grad, c, ACC, C, WIDTH, PLACES[ROW_LS])
+    if PLACES[ROW_TN] >= 0:
         # (1 - p)(1 - g) of TN falls where p (1 - g) of FP rises.
-        a_fp -= load_slope(slopes, grad, c, ACC, C, WIDTH, PLACES[9])
+        a_fp -= load_slope(slopes, grad, c, ACC, C, WIDTH, PLACES[ROW_TN])
 
     for start in range(0, tl.minimum(SPAN, voxels - first), BLOCK_N):
         v = first + start + tl.arange(0, BLOCK_N)
@@ -187,7 +201,7 @@ def sums_backward_kernel(
             e = exponential(exponents(z, within, False, SHAPE, EVEN))
             p = probabilities(z, e, class_sum(e, SHAPE), inside, SOFTMAX, ASM, SHAPE)
         if VOXEL_TERM == CE:
-            pull = ce_pull(g, hit, a_pos, a_ls, DENSE, PLACES[6] >= 0)
+            pull = ce_pull(g, hit, a_pos, a_ls, DENSE, PLACES[ROW_LS] >= 0)
         if OVERLAPS:
             if ACTIVATION == SOFTMAX:
                 slope = overlap_slopes(
