@@ -74,11 +74,11 @@ install=("$python" -m pip install --quiet --no-index --no-deps --no-compile --up
 if [ -n "$wheel" ]; then
     step "${install[@]}" "$wheel"
     # The sources would hide the installed package: work in a folder with everything but them.
-    mkdir "$stage/work"
+    mkdir "$stage/tree"
     for entry in "$root"/* "$root"/.git; do
-        [ "$(basename "$entry")" = dicekernels ] || ln -s "$entry" "$stage/work/"
+        [ "$(basename "$entry")" = dicekernels ] || ln -s "$entry" "$stage/tree/"
     done
-    [ -n "$dry" ] || cd "$stage/work"
+    [ -n "$dry" ] || cd "$stage/tree"
 fi
 export PYTHONPATH=$site:$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 

@@ -192,7 +192,7 @@ def empty_launches(count: int = 3, rounds: int = 50) -> float:
     import triton
 
     @triton.jit
-    def nothing():  # type: ignore[no-untyped-def]
+    def nothing():
         pass
 
     def launch() -> None:

@@ -205,18 +205,8 @@ def _triton_sums(logits: Tensor, target: Tensor, mask: Tensor | None, *args: Any
     return _checked(_triton_kernels().sums(logits, target, mask, spec), logits, target, mask, spec)
 
 
-def _triton_finish(
-    sums: Tensor,
-    class_weight: Tensor | None,
-    pos_weight: Tensor | None,
-    neg_weight: Tensor | None,
-    region_lambda: Tensor | None,
-    voxel_lambda: Tensor | None,
-    rows: int,
-    *args: Any,
-) -> tuple[Tensor, Tensor]:
-    weights = (class_weight, pos_weight, neg_weight, region_lambda, voxel_lambda)
-    result: tuple[Tensor, Tensor] = _triton_kernels().finish(sums, *weights, rows, *args)
+def _triton_finish(*args: Any) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = _triton_kernels().finish(*args)
     return result
 
 

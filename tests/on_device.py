@@ -49,7 +49,7 @@ def pytest_configure() -> None:
     if device == "cpu":
         raise pytest.UsageError("on_device: DICEKERNELS_TEST_DEVICE names no other device; set it to cuda")
     torch.set_default_device(device)
-    torch.Generator = Generator  # type: ignore[misc]
+    torch.Generator = Generator
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

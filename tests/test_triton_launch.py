@@ -347,7 +347,7 @@ def test_launches_on_the_device_of_the_tensors(records: Records, monkeypatch: py
         kernels.sums(logits.as_subclass(_Elsewhere), *rest)
     assert [started.stream for started in records.started] == [107, 107]
     assert records.planned == ["sums_kernel"]
-    assert {key[1] for key in launch.remembered} == {7}  # type: ignore[index]
+    assert {key[1] for key in launch.remembered} == {7}
 
 
 @compiles

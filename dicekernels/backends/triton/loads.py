@@ -102,6 +102,53 @@ def load_voxels(
 
 
 @triton.jit
+def load_inputs(
+    logits,
+    labels,
+    values,
+    mask,
+    c,
+    v,
+    within,
+    logits_voxel,
+    target_voxel,
+    mask_voxel,
+    ignore_index,
+    PAD: tl.constexpr,
+    ACC: tl.constexpr,
+    C: tl.constexpr,
+    DENSE: tl.constexpr,
+    HAS_IGNORE: tl.constexpr,
+    MASKED: tl.constexpr,
+    LOGITS: tl.constexpr,
+    TARGET: tl.constexpr,
+    SHAPE: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """(z, g, hit, inside, m, bad) of a tile: logits; values of a dense target or what a label selects; and
+    ``load_voxels``. ``labels`` points to a sample, ``logits`` and ``values`` to its rows."""
+    z = load_tile(
+        logits + per_voxel(voxel_offset(v, logits_voxel, LOGITS), SHAPE), c, within, PAD, C, SHAPE, EVEN
+    ).to(ACC)
+    at = voxel_offset(v, target_voxel, TARGET)
+    label, inside, m, bad = load_voxels(
+        labels + at, mask, v, mask_voxel, within, ignore_index, ACC, C, DENSE, HAS_IGNORE, MASKED, EVEN
+    )
+    g = 0.0
+    hit = within
+    if MASKED or HAS_IGNORE:
+        # Nothing of an ignored voxel goes further, not even NaN.
+        z = tl.where(per_voxel(inside, SHAPE), z, 0.0)
+    if DENSE:
+        g = load_tile(values + per_voxel(at, SHAPE), c, within, 0, C, SHAPE, EVEN).to(ACC)
+        if MASKED or HAS_IGNORE:
+            g = tl.where(per_voxel(inside, SHAPE), g, 0.0)
+    else:
+        hit = per_voxel(label, SHAPE) == c
+    return z, g, hit, inside, m, bad
+
+
+@triton.jit
 def exponents(z, within, LOGS: tl.constexpr, SHAPE: tl.constexpr, EVEN: tl.constexpr):
     """The logits minus the largest of their voxel, for float32 in units of log 2.
 

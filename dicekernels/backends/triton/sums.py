@@ -26,7 +26,7 @@ from .codes import (
     SOFTMAX,
 )
 from .launch import Launch, launch
-from .loads import exponential, exponents, load_tile, load_voxels, logarithm, voxel_offset
+from .loads import exponential, exponents, load_inputs, logarithm
 from .problem import Problem, flat_inputs
 from .rows import (
     add_ce,
@@ -151,41 +151,29 @@ def sums_kernel(
         for start in range(0, left, BLOCK_N):
             v = first + start + tl.arange(0, BLOCK_N)
             within = v < voxels
-            z = load_tile(
-                logits_row + per_voxel(voxel_offset(v, logits_voxel, LOGITS), SHAPE),
-                c,
-                within,
-                PAD,
-                C,
-                SHAPE,
-                EVEN,
-            ).to(ACC)
-            at = voxel_offset(v, target_voxel, TARGET)
-            label, inside, m, bad = load_voxels(
-                labels + at,
+            z, g, hit, inside, m, bad = load_inputs(
+                logits_row,
+                labels,
+                target_row,
                 mask_row,
+                c,
                 v,
-                mask_voxel,
                 within,
+                logits_voxel,
+                target_voxel,
+                mask_voxel,
                 ignore_index,
+                PAD,
                 ACC,
                 C,
                 DENSE,
                 HAS_IGNORE,
                 MASKED,
+                LOGITS,
+                TARGET,
+                SHAPE,
                 EVEN,
             )
-            g = 0.0
-            hit = within
-            if SELECT:
-                # Nothing of an ignored voxel reaches a sum, not even NaN.
-                z = tl.where(per_voxel(inside, SHAPE), z, 0.0)
-            if DENSE:
-                g = load_tile(target_row + per_voxel(at, SHAPE), c, within, 0, C, SHAPE, EVEN).to(ACC)
-                if SELECT:
-                    g = tl.where(per_voxel(inside, SHAPE), g, 0.0)
-            else:
-                hit = per_voxel(label, SHAPE) == c
             if PLACES[ROW_N] >= 0 and MASKED:
                 n += m
             elif PLACES[ROW_N] >= 0 and (SELECT or DENSE):

@@ -24,7 +24,7 @@ from .codes import (
     SOFTMAX,
 )
 from .launch import Launch, launch
-from .loads import exponential, exponents, load_tile, load_voxels, voxel_offset
+from .loads import exponential, exponents, load_inputs, voxel_offset
 from .problem import Problem, flat_inputs, is_flat
 from .rows import focal_log_p, probabilities
 from .slopes import binary_gradient, ce_pull, focal_gradient, load_slope, overlap_slopes
@@ -119,7 +119,6 @@ def sums_backward_kernel(
     GRAD: tl.constexpr,
 ):
     ACC: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
-    SELECT: tl.constexpr = MASKED or HAS_IGNORE
     NEEDS_SOFTMAX: tl.constexpr = ACTIVATION == SOFTMAX or VOXEL_TERM == CE
     PAD: tl.constexpr = float("-inf") if NEEDS_SOFTMAX or VOXEL_TERM == FOCAL_SOFTMAX else 0.0
     BLOCK_N: tl.constexpr = SHAPE[1]
@@ -158,41 +157,29 @@ def sums_backward_kernel(
     for start in range(0, tl.minimum(SPAN, voxels - first), BLOCK_N):
         v = first + start + tl.arange(0, BLOCK_N)
         within = v < voxels
-        z = load_tile(
-            logits_row + per_voxel(voxel_offset(v, logits_voxel, LOGITS), SHAPE),
-            c,
-            within,
-            PAD,
-            C,
-            SHAPE,
-            EVEN,
-        ).to(ACC)
-        at = voxel_offset(v, target_voxel, TARGET)
-        label, inside, m, _ = load_voxels(
-            labels + at,
+        z, g, hit, inside, m, _ = load_inputs(
+            logits_row,
+            labels,
+            target_row,
             mask_row,
+            c,
             v,
-            mask_voxel,
             within,
+            logits_voxel,
+            target_voxel,
+            mask_voxel,
             ignore_index,
+            PAD,
             ACC,
             C,
             DENSE,
             HAS_IGNORE,
             MASKED,
+            LOGITS,
+            TARGET,
+            SHAPE,
             EVEN,
         )
-        g = 0.0
-        hit = within
-        if SELECT:
-            # Nothing of an ignored voxel reaches a gradient, not even NaN.
-            z = tl.where(per_voxel(inside, SHAPE), z, 0.0)
-        if DENSE:
-            g = load_tile(target_row + per_voxel(at, SHAPE), c, within, 0, C, SHAPE, EVEN).to(ACC)
-            if SELECT:
-                g = tl.where(per_voxel(inside, SHAPE), g, 0.0)
-        else:
-            hit = per_voxel(label, SHAPE) == c
 
         p = z
         pull = z
