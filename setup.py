@@ -1,6 +1,7 @@
-"""Thin driver of CMake: finds torch, decides about `_native`, tags the wheel.
+"""Thin driver of CMake: finds torch and nvcc, decides about `_native`, gives version and tag.
 
-Environment (docs/environment.md): DICEKERNELS_BUILD, DICEKERNELS_NATIVE, MAX_JOBS.
+Environment (docs/environment.md): DICEKERNELS_BUILD, DICEKERNELS_NATIVE, TORCH_CUDA_ARCH_LIST, CUDACXX,
+CUDA_HOME, MAX_JOBS.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,10 +26,67 @@ except ImportError:
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
+OLDEST_NVCC = (12, 0)
 TORCH_REMEDY = (
     "dicekernels builds against the torch you already have: "
     "install torch >= 2.10, then run `pip install --no-build-isolation .`"
 )
+
+
+def nvcc_release(path: str) -> tuple[int, int] | None:
+    """(13, 0) of a nvcc that runs, else None."""
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    found = re.search(r"release (\d+)\.(\d+)", done.stdout)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def cuda_compiler() -> tuple[str, tuple[int, int]] | None:
+    """Path and release of the nvcc to build with, None for a CPU-only build.
+
+    nvcc decides, not a GPU: wheels are built on machines without one. The order is that of
+    csrc/cuda.cmake.
+    """
+    asked = os.environ.get("DICEKERNELS_BUILD", "") or "auto"
+    if asked not in ("auto", "cpu", "cuda"):
+        sys.exit(f"DICEKERNELS_BUILD is {asked!r}; expected auto, cpu or cuda")
+    if asked == "cpu":
+        return None
+    folders = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    homes = [str(Path(folder, "bin", "nvcc")) for folder in folders if folder]
+    candidates = [os.environ.get("CUDACXX"), *filter(os.path.exists, homes), shutil.which("nvcc")]
+    path = next(filter(None, candidates), None)
+    release = nvcc_release(path) if path else None
+    if path and release and release >= OLDEST_NVCC:
+        return path, release
+    if path is None:
+        obstacle = "no nvcc on PATH, in $CUDA_HOME/bin or in $CUDACXX"
+    elif release is None:
+        obstacle = f"{path} does not run"
+    else:
+        obstacle = f"{path} is of CUDA {release[0]}.{release[1]}, expected 12.0 or newer"
+    if asked == "cuda":
+        sys.exit(
+            f"DICEKERNELS_BUILD=cuda, but {obstacle}: install the CUDA toolkit, or set DICEKERNELS_BUILD=cpu"
+        )
+    print(f"building for the CPU only: {obstacle}")
+    return None
+
+
+def version() -> str:
+    """That of `_version.py`, with a local tag where the CUDA library is built: 0.1.0+cu130.
+
+    CPU-only wheels have none, so that pip prefers the CUDA wheel in a folder with both. A source archive
+    has none, and neither has what is built from it: pip insists that both versions agree.
+    """
+    text = (ROOT / "dicekernels" / "_version.py").read_text()
+    base = re.search(r'^__version__ = "(.+)"', text, re.MULTILINE)[1]
+    if "sdist" in sys.argv or (ROOT / "PKG-INFO").exists():
+        return base
+    compiler = cuda_compiler()
+    return f"{base}+cu{compiler[1][0]}{compiler[1][1]}" if compiler else base
 
 
 def torch_dir() -> Path:
@@ -66,8 +125,6 @@ def native_wanted(development: bool) -> bool:
     if asked == "0" or (asked == "" and not development):
         return False
     obstacle = native_obstacle()
-    if obstacle and asked == "1":
-        sys.exit(f"DICEKERNELS_NATIVE=1, but {obstacle}; or set DICEKERNELS_NATIVE=0")
     if obstacle:
         print(f"building without the optional dicekernels._native: {obstacle}")
     return not obstacle
@@ -90,15 +147,17 @@ class CMakeBuild(build_ext):
         native = native_wanted(development)
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         prefix = ROOT if development else Path(self.build_lib).resolve()
-        if not development:
-            for stale in (prefix / "dicekernels").glob("*.so"):
-                stale.unlink()
+        compiler = cuda_compiler()
         options = {
             "CMAKE_MAKE_PROGRAM": tool("ninja"),
-            "DICEKERNELS_BUILD": os.environ.get("DICEKERNELS_BUILD", "auto"),
+            "DICEKERNELS_BUILD": "cuda" if compiler else "cpu",
+            "DICEKERNELS_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
             "DICEKERNELS_COMMIT": commit(),
+            "DICEKERNELS_EMULATED": "ON" if development else "OFF",
             "DICEKERNELS_NATIVE": "ON" if native else "OFF",
             "DICEKERNELS_TORCH_DIR": str(torch_dir()),
+            "DICEKERNELS_TORCH_VERSION": importlib.metadata.version("torch"),
+            "DICEKERNELS_VERSION": self.distribution.get_version(),
             "Python_EXECUTABLE": sys.executable,
         }
         if native:
@@ -115,9 +174,18 @@ class CMakeBuild(build_ext):
         ):
             if subprocess.run(command, check=False).returncode != 0:
                 sys.exit(f"failed: {' '.join(command)}\nits messages are above")
+        # What this build does not make (CUDA, after a change to CPU only) is of another state of the
+        # sources. `_native` of another Python may stay beside ours in the tree.
+        installed = (build / "install_manifest.txt").read_text().splitlines()
+        stale = "libdicekernels_*.so" if development else "*.so"
+        for folder in (prefix / "dicekernels", prefix / "tests" / "cpp"):
+            for path in folder.glob(stale):
+                if str(path) not in installed:
+                    path.unlink()
 
     def get_outputs(self) -> list[str]:
-        return [str(path) for path in Path(self.build_lib, "dicekernels").glob("*.so")]
+        package = Path(self.build_lib, "dicekernels")
+        return [str(path) for path in (*package.glob("*.so"), package / "_build_info.json")]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
@@ -133,6 +201,7 @@ class UniversalWheel(bdist_wheel):
 
 
 setup(
+    version=version(),
     ext_modules=[Extension("dicekernels.libdicekernels_cpu", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": UniversalWheel},
 )

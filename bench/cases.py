@@ -86,6 +86,8 @@ class Suite:
     device: the only device type the suite makes sense on, None for any. compiled: also run what
     needs torch.compile (minutes of compilation). memory: "none", "profiled" (what torch's
     allocators hand out) or "resident" (also the peak resident size of subprocesses; CPU only).
+    backends: those of ours that compete, as far as they can run; none: what is chosen for the case.
+    monai: also run MONAI.
     """
 
     cases: tuple[Case, ...]
@@ -93,6 +95,8 @@ class Suite:
     rounds: int
     compiled: bool
     memory: str
+    backends: tuple[str, ...] = ()
+    monai: bool = True
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -126,31 +130,28 @@ def _filling(loss: str, classes: int, dtype: str = "float32", **more: str) -> Ca
     return Case(loss, (samples, *one.shape[1:]), dtype, **more)
 
 
+_TRAINED = ("dice_ce", "gdl", "tversky", "dice_focal")
+_DTYPES = ("float32", "bfloat16")
+
 # What has a goal comes first, so that a run that is cut short has measured it.
 _GPU = (
     *(_filling("dice_ce", classes) for classes in (4, 14, 32, 117)),
     *(_filling("dice_ce", classes, "bfloat16") for classes in (14, 32, 117)),
-    *(
-        Case("dice_ce", (samples, 4, 64, 64, 64), dtype)
-        for samples in (1, 2)
-        for dtype in ("float32", "bfloat16")
-    ),
+    *(Case("dice_ce", (samples, 4, 64, 64, 64), dtype) for samples in (1, 2) for dtype in _DTYPES),
+    *(Case(loss, (1, 4, 64, 64, 64)) for loss in _TRAINED[1:]),
     *(_filling(loss, classes) for loss in ("gdl", "tversky") for classes in (4, 14, 32, 117)),
     *(_filling(loss, classes, "bfloat16") for loss in ("gdl", "tversky") for classes in (14, 32, 117)),
+    *(_filling("dice_focal", classes, dtype) for classes in (4, 14, 32, 117) for dtype in _DTYPES),
+    *(_filling(loss, 4, "bfloat16") for loss in _TRAINED[:3]),
+    *(_filling(loss, 2, dtype) for loss in _TRAINED for dtype in _DTYPES),
     *(
-        _filling("dice_ce", classes, dtype, layout="channels_last")
+        _filling(loss, classes, dtype, layout="channels_last")
+        for loss in _TRAINED
         for classes in (4, 14, 32, 117, 2)
-        for dtype in ("float32", "bfloat16")
-    ),
-    *(_filling(loss, 4, "bfloat16") for loss in ("dice_ce", "gdl", "tversky")),
-    *(
-        _filling(loss, 2, dtype)
-        for loss in ("dice_ce", "gdl", "tversky")
-        for dtype in ("float32", "bfloat16")
+        for dtype in _DTYPES
     ),
     _filling("dice_ce", 14, "float16"),
     _filling("dice_ce", 4, label_dtype="int64"),
-    _filling("dice_focal", 4),
 )
 
 # Compiled peers take minutes for many classes: a few problems, and of 117 classes none.
@@ -161,10 +162,11 @@ _GPU_PEERS = (
     Case("dice_ce", (2, 14, 128, 128, 128), "bfloat16"),
 )
 
+_ON_GPUS = ("cuda", "triton")
 SUITES = {
     "cpu": Suite(_CPU, "cpu", rounds=15, compiled=True, memory="resident"),
-    "gpu": Suite(_GPU, "cuda", rounds=30, compiled=False, memory="profiled"),
-    "gpu_peers": Suite(_GPU_PEERS, "cuda", rounds=30, compiled=True, memory="profiled"),
+    "gpu": Suite(_GPU, "cuda", rounds=30, compiled=False, memory="profiled", backends=_ON_GPUS, monai=False),
+    "gpu_peers": Suite(_GPU_PEERS, "cuda", rounds=30, compiled=True, memory="profiled", backends=_ON_GPUS),
     "quick": Suite(
         (Case("dice_ce", (1, 4, 20, 24, 28)), Case("gdl", (2, 3, 17, 19, 23))),
         None,

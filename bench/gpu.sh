@@ -1,26 +1,32 @@
 #!/usr/bin/env bash
-# One command for a GPU node: time, test and check the Triton backend; JSON and the log to $OUT.
+# One command for a GPU node: build, test, time and check both backends of a GPU; JSON and the log to $OUT.
 #
 #   bash bench/gpu.sh [--dry-run] [--only STAGE[,STAGE]] [--tune] [arguments for bench.run, as --cases REGEX]
 #
 # Stages, in order of importance; each starts only while time is left:
-#   bench      the suite "gpu": shares of the copy bandwidth, small problems, memory
-#   host       host cost of a step over an empty op
-#   tests      tests/test_cuda*.py and test_triton_f*.py, then the contract of the backends on the GPU
+#   build      the CUDA library for this GPU alone (build/gpu), and what python -m dicekernels.env says
+#   check      tests/test_cuda*.py on the first backend, without what takes long
+#   bench      the suite "gpu": both backends beside each other, shares of the copy bandwidth, memory
+#   tests      the CUDA kernels plan by plan, the contract (with gradcheck) on cuda, triton and eager, then
+#              tests/test_cuda*.py on both, tests/test_triton_f*.py
 #   sanitize   compute-sanitizer, where it is installed
+#   host       host cost of a step over an empty op
 #   peers      the suite "gpu_peers": MONAI and compiled closed forms
-#   tune       measures the table of tiles again (only with --tune, or --only tune)
+#   tune       measures Triton's table of tiles again (only with --tune, or --only tune)
+# The library is built for every choice of stages but tune. If that fails, the others run on triton and say so.
 #
 # OUT                 where results go (default bench/results); the whole output goes to $OUT/gpu.log
 # BUDGET              seconds for everything (default 540)
-# DICEKERNELS_WHEEL   a built wheel to test instead of the sources here
-# PYTHON              the interpreter (default python3), with torch, triton, numpy, tabulate, pytest
+# DICEKERNELS_WHEEL   a built wheel to test instead of the sources here; nothing is built then
+# DICEKERNELS_LIBRARY_PATH   a folder with a built library: neither
+# PYTHON              the interpreter (default python3), with torch, triton, numpy, tabulate, pytest; to build,
+#                     cmake and ninja beside it or on PATH, and nvcc (CUDACXX, CUDA_HOME, PATH, /usr/local/cuda)
 # A folder .whl/ in the repository holds wheels of what it lacks, where no registry is reached: monai for the
 # peers, jsonschema with its needs. They go to a folder of their own.
 #
 # --dry-run prints each command and runs at toy size on the CPU: the suite "quick", a step and two tiles of the
-# Triton backend in the interpreter, the compilation of one problem. Results go to a temporary folder unless
-# OUT is set.
+# Triton backend in the interpreter, the compilation of one problem, the sanitizer's problems. Results go to a
+# temporary folder unless OUT is set.
 set -euo pipefail
 
 dry= tune= only=
@@ -33,10 +39,11 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+stages="build, check, bench, tests, sanitize, host, peers, tune"
 for stage in ${only//,/ }; do
-    case $stage in
-        bench | tests | host | sanitize | peers | tune) ;;
-        *) echo "gpu.sh: --only: got $stage, expected some of bench, host, tests, sanitize, peers, tune" >&2 && exit 2 ;;
+    case ", $stages," in
+        *" $stage,"*) ;;
+        *) echo "gpu.sh: --only: got $stage, expected some of $stages" >&2 && exit 2 ;;
     esac
 done
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -44,6 +51,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$(command -v "${PYTHON:-python3}")
 python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
 wheel=${DICEKERNELS_WHEEL:+$(realpath "$DICEKERNELS_WHEEL")}
+[ -z "${DICEKERNELS_LIBRARY_PATH:-}" ] || DICEKERNELS_LIBRARY_PATH=$(realpath "$DICEKERNELS_LIBRARY_PATH")
 stage=$(mktemp -d)
 trap 'rm -rf "$stage"' EXIT
 [ -z "$dry" ] || : "${OUT:=$stage/results}"
@@ -93,19 +101,65 @@ wanted() {
     fi
 }
 
-# limited CAP COMMAND...: at most CAP seconds and what is left of the budget. What fails is told at the end;
-# the others still run.
+# within CAP: at most CAP seconds, and what is left of the budget.
+within() {
+    local left=$((budget - SECONDS))
+    echo $((left < $1 ? left : $1))
+}
+
+# limited CAP COMMAND...: within CAP seconds. What fails is told at the end, and leaves $ok empty; the others
+# still run.
 limited() {
-    local cap=$1 left=$((budget - SECONDS)) began=$SECONDS
+    local cap began=$SECONDS
+    cap=$(within "$1")
     shift
-    if [ -z "$dry" ] && [ "$left" -lt 20 ]; then
+    ok=
+    if [ -z "$dry" ] && [ "$cap" -lt 20 ]; then
         echo "gpu.sh: no time left for: $*"
         failed="$failed"$'\n'"  (no time left) $*"
         return
     fi
-    [ "$left" -gt "$cap" ] || cap=$left
-    step timeout --signal=INT --kill-after=10 "$cap" "$@" || failed="$failed"$'\n'"  $*"
+    if step timeout --signal=INT --kill-after=10 "$cap" "$@"; then
+        ok=yes
+    else
+        failed="$failed"$'\n'"  $*"
+    fi
     [ -n "$dry" ] || echo "gpu.sh: $((SECONDS - began)) s"
+}
+
+# The program of that name beside the interpreter, else the one on PATH.
+tool() {
+    local beside
+    beside=$(dirname "$python")/$1
+    if [ -x "$beside" ]; then echo "$beside"; else command -v "$1" || echo "$1"; fi
+}
+
+# The CUDA library alone, for the GPU that is here; a second run compiles what has changed.
+build_library() {
+    local torch_folder library=$root/build/gpu
+    export TORCH_CUDA_ARCH_LIST=9.0
+    [ -n "$dry" ] || TORCH_CUDA_ARCH_LIST=$("$python" -c \
+        'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
+    torch_folder=$("$python" -c 'import torch; print(torch.__path__[0])')
+    if [ -z "${CUDACXX:-}${CUDA_HOME:-}" ] && ! command -v nvcc > /dev/null && [ -x /usr/local/cuda/bin/nvcc ]; then
+        export CUDACXX=/usr/local/cuda/bin/nvcc
+    fi
+    # What an earlier run has built must not pass for what fails to build now.
+    [ -n "$dry" ] || rm -f "$library/libdicekernels_cuda.so"
+    limited 60 "$(tool cmake)" -S "$root" -B "$library" -G Ninja "-DCMAKE_MAKE_PROGRAM=$(tool ninja)" \
+        -DDICEKERNELS_BUILD=cuda "-DDICEKERNELS_ARCH_LIST=$TORCH_CUDA_ARCH_LIST" \
+        "-DDICEKERNELS_TORCH_DIR=$torch_folder"
+    if [ -n "$ok" ]; then
+        limited 240 "$(tool cmake)" --build "$library" --target dicekernels_cuda --parallel "$(nproc)"
+    fi
+    if [ -n "$ok" ] && [ -z "$dry" ]; then
+        export DICEKERNELS_LIBRARY_PATH=$library
+    fi
+}
+
+usable_backends() {
+    "$python" -c 'from dicekernels import available_backends as reasons
+print(*(name for name in ("cuda", "triton") if not reasons()[name]))'
 }
 
 workers=$(($(nproc) > 14 ? 12 : $(nproc)))
@@ -114,28 +168,52 @@ if "$python" -c 'import xdist' 2> /dev/null; then
 else
     pytest=("$python" -m pytest -q -p no:cacheprovider)
 fi
-contract=$(cd tests && "$python" -m on_device)
+on_gpu=(DICEKERNELS_TEST_DEVICE=cuda "${pytest[@]}" -p on_device -m "not slow")
 
+if [ -z "$wheel" ] && [ -z "${DICEKERNELS_LIBRARY_PATH:-}" ] && [ "$only" != ,tune, ]; then
+    build_library
+fi
+limited 60 "$python" -m dicekernels.env
+backends="cuda triton"
+if [ -z "$dry" ]; then
+    backends=$(usable_backends) || { unset DICEKERNELS_LIBRARY_PATH && backends=$(usable_backends); }
+    if [ "${backends#cuda}" = "$backends" ]; then
+        echo "gpu.sh: backend cuda is not here, see above: what follows runs on: ${backends:-eager}"
+        failed="$failed"$'\n'"  backend cuda is not here: nothing of it was run"
+    fi
+fi
+
+if wanted check; then
+    limited 120 env DICEKERNELS_BACKEND="${backends%% *}" "${pytest[@]}" \
+        tests/test_cuda.py tests/test_cuda_graphs.py \
+        -k "not (inductor or reduce_overhead or two_to_the_31 or far_apart)"
+fi
 if wanted bench; then
     limited 100 "$python" -m bench.prebuild --suite gpu
-    limited 200 "$python" -m bench.run --suite gpu --backend triton --out "$OUT" --budget 150 "$@"
+    limited 200 "$python" -m bench.run --suite gpu --out "$OUT" --budget "$(within 170)" "$@"
+fi
+# shellcheck disable=SC2046  # lists of files
+if wanted tests; then
+    if [ "${backends#cuda}" != "$backends" ]; then
+        limited 200 env DICEKERNELS_BACKEND=cuda "${on_gpu[@]}" $(cd tests && "$python" -m on_device cuda_kernels)
+    fi
+    for backend in $backends eager; do
+        limited 200 env DICEKERNELS_BACKEND="$backend" "${on_gpu[@]}" $(cd tests && "$python" -m on_device)
+    done
+    limited 200 "${pytest[@]}" tests/test_cuda.py tests/test_cuda_graphs.py tests/test_triton_f*.py
+fi
+if wanted sanitize; then
+    # shellcheck disable=SC2086  # a list of names
+    limited 320 "$python" -m bench.sanitize --backends $backends --budget "$(within 300)"
 fi
 if wanted host; then
     limited 60 "$python" -m bench.host_cost --out "$OUT"
 fi
-if wanted tests; then
-    limited 150 "${pytest[@]}" tests/test_cuda.py tests/test_cuda_graphs.py tests/test_triton_f*.py
-    # shellcheck disable=SC2086  # a list of files
-    limited 200 env DICEKERNELS_TEST_DEVICE=cuda "${pytest[@]}" -p on_device -m "not slow" $contract
-fi
-if wanted sanitize; then
-    limited 240 "$python" -m bench.sanitize
-fi
 if wanted peers; then
-    limited 300 "$python" -m bench.run --suite gpu_peers --backend triton --out "$OUT" --budget 150 "$@"
+    limited 300 "$python" -m bench.run --suite gpu_peers --out "$OUT" --budget "$(within 150)" "$@"
 fi
 if wanted tune; then
-    limited 540 "$python" -m bench.tune --out "$OUT" --budget 400
+    limited 540 "$python" -m bench.tune --out "$OUT" --budget "$(within 400)"
 fi
 
 if [ -n "$dry" ]; then
@@ -146,6 +224,7 @@ import torch
 
 import dicekernels
 
+torch.manual_seed(0)
 logits, labels = torch.randn(1, 3, 5, 6, 7), torch.randint(3, (1, 1, 5, 6, 7)).to(torch.uint8)
 results = []
 for backend in ("triton", "eager"):
@@ -156,10 +235,11 @@ for backend in ("triton", "eager"):
 (loss, gradient), (truth, slope) = results
 error = ((gradient - slope).norm() / slope.norm()).item()
 assert abs(loss - truth) < 1e-5 * abs(truth) and error < 1e-5, (loss, truth, error)
-print(f"triton in the interpreter: loss {loss:.6f}, eager {truth:.6f}; gradients differ by {error:.1e}")
+print(f"triton in the interpreter: loss {loss:.5f}, eager {truth:.5f}; gradients differ by {error:.1e}")
 PYTHON
     "$python" -m bench.tune --dry-run --layouts contiguous --out "$OUT"
     "$python" -m bench.prebuild --capability 90 --limit 1 --workers 1
+    "$python" -m bench.sanitize --problems --device cpu --backends eager
 fi
 if [ -n "$failed" ]; then
     echo "gpu.sh: failed:$failed"

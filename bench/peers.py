@@ -7,7 +7,7 @@ as autocast would do; ours takes them as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,11 +48,15 @@ SMOOTH = 1e-5
 
 @dataclass(frozen=True)
 class Contender:
-    """role: "ours", "eager" (a library as it is) or "compiled" (anything under torch.compile)."""
+    """role: "ours", "eager" (a library as it is) or "compiled" (anything under torch.compile).
+
+    backend: of ours, if it is forced.
+    """
 
     name: str
     role: str
     loss: Loss
+    backend: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,11 +72,14 @@ class Check:
     gradient_error: float | None
 
 
-def contenders(case: Case, backends: list[str], compiled: bool) -> list[Contender]:
+def contenders(
+    case: Case, backends: Sequence[str], compiled: bool, with_monai: bool = True
+) -> list[Contender]:
     """All that run on the case, ours first. ``backends`` empty: ours by its own choice."""
-    found = [Contender(f"dicekernels[{name}]", "ours", ours(case, name)) for name in backends]
+    found = [Contender(f"dicekernels ({name})", "ours", ours(case, name), name) for name in backends]
     found = found or [Contender("dicekernels", "ours", ours(case))]
-    found.append(Contender("MONAI", "eager", monai_loss(case)))
+    if with_monai:
+        found.append(Contender("MONAI", "eager", monai_loss(case)))
     if compiled:
         found += [
             Contender("MONAI, compiled", "compiled", torch.compile(monai_loss(case))),

@@ -1,4 +1,4 @@
-"""``python -m bench.prebuild``: compile the kernels of a suite into Triton's cache, on every core.
+"""``python -m bench.prebuild``: compile the Triton kernels of a suite into Triton's cache, on every core.
 
 A run of the suite then measures at once, and a short lease of a GPU is not spent on one compiling core.
 ``--capability 90`` compiles for a GPU that is not here (a dry run; the cache is then of no other use).
@@ -11,10 +11,37 @@ import contextlib
 import multiprocessing
 import os
 import time
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import dicekernels
 from bench.aot_cases import LOSSES, OPS, Problem
 from bench.cases import SUITES, Case
+from dicekernels.evaluate import Call, record
+from dicekernels.spec import LossSpec
+
+
+@dataclass(frozen=True)
+class SuiteProblem(Problem):
+    """With the options of bench/peers.py; bench/aot_cases.py has others for the focal term."""
+
+    @property
+    def spec(self) -> LossSpec:
+        return suite_spec(self.loss, self.classes)
+
+
+@cache
+def suite_spec(loss: str, classes: int) -> LossSpec:
+    """What the functional layer makes of a contender of ours."""
+    from bench.peers import ours
+
+    case = Case(loss, (1, classes, 2, 2, 2))
+    with dicekernels.use_backend("eager"), record() as calls:
+        ours(case)(*case.tensors("cpu"))
+    (call,) = calls
+    assert isinstance(call, Call), call
+    return call.spec
 
 
 def problem_of(case: Case) -> Problem | None:
@@ -22,7 +49,8 @@ def problem_of(case: Case) -> Problem | None:
     if case.loss not in LOSSES or case.label_dtype != "uint8":
         return None
     samples, classes, *space = case.shape
-    return Problem(case.loss, classes, case.dtype, case.layout, samples, tuple(space))
+    kind = SuiteProblem if case.loss == "dice_focal" else Problem
+    return kind(case.loss, classes, case.dtype, case.layout, samples, tuple(space))
 
 
 def compile_op(task: tuple[Problem, str, int | None]) -> str:

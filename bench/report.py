@@ -48,6 +48,12 @@ def render(document: schema.Document) -> str:
     if document["memory"]:
         memory = tabulate(memory_lines(document["memory"]), MEMORY_HEADS, disable_numparse=True)
         parts += ["Memory, as multiples of the logits' size", memory]
+    beside = beside_lines(document)
+    if beside:
+        title = (
+            f"Two of our backends on the same case: the first should take <= {SLOWER} of the second's time"
+        )
+        parts += [title, tabulate(beside, BESIDE_HEADS, disable_numparse=True)]
     if "ceiling" in document:
         copy, empty = document["ceiling"]["copy"], document["ceiling"]["empty_launches"]
         title = (
@@ -101,7 +107,8 @@ def share_lines(document: schema.Document) -> list[list[str]]:
             continue
         case, times = case_of(row), row["milliseconds"]
         floor = case.floor_bytes / per_ms
-        cells = [case.name, _verdict(row), f"{1e3 * floor:.1f}"]
+        forced = f", {row['backend']}" if "backend" in row else ""
+        cells = [case.name + forced, _verdict(row), f"{1e3 * floor:.1f}"]
         if times is None:
             lines.append(cells)
             continue
@@ -122,18 +129,52 @@ def share_lines(document: schema.Document) -> list[list[str]]:
     return lines
 
 
+# The first of two backends may take so much of the time of the second, on each case.
+SLOWER = 1.03
+BESIDE_HEADS = ["case", "backends", "fwd µs", "of", "bwd µs", "of", "both µs", "of", ""]
+
+
+def beside_lines(document: schema.Document) -> list[list[str]]:
+    """A line for each case that two of ours have run, under BESIDE_HEADS: the first, over the second."""
+    lines = []
+    for rows in _groups(document["timings"]):
+        first, *others = [row for row in rows if row["role"] == "ours"]
+        for other in others:
+            cells = [name_of(first), " / ".join(str(row.get("backend")) for row in (first, other))]
+            for part in ("forward", "backward", "both"):
+                share = ratio(first, other, part)
+                if share is not None:
+                    cells += [f"{1e3 * first['milliseconds'][part]['median']:.1f}", f"{share:.3f}"]
+            whole = ratio(first, other)
+            if whole is not None:
+                cells.append("met" if whole <= SLOWER else "MISSED")
+            else:
+                cells += [""] * 6 + ["-"]
+            lines.append(cells)
+    return lines
+
+
 def header(document: schema.Document) -> str:
     host, device = document["host"], document["device"]
     busy = (host["load_average"] or 0) > host["cores"] / 2
     dirty = {True: " with local changes", False: "", None: ""}[document["dirty"]]
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     part = f" (cases {document['cases']!r})" if document["cases"] else ""
+    forced = document["backend"]
+    if forced == "auto" and "backends" in document:
+        forced = " and ".join(name for name, reason in document["backends"].items() if not reason)
+    absent = "".join(
+        f"\nNOT MEASURED: backend {name}: {reason}"
+        for name, reason in document.get("backends", {}).items()
+        if reason
+    )
     return (
         f"suite {document['suite']}{part} on {device['name']} ({device['type']}), "
-        f"backend {document['backend']}, {document['threads']} threads, {document['date']}\n"
+        f"backend {forced}, {document['threads']} threads, {document['date']}\n"
         f"commit {document['commit']}{dirty}\n"
         f"{host['cpu']} ({host['cpu_capability']}, {host['cores']} cores, load "
         f"{host['load_average']}), {host['system']}, {host['c_library']}\n{versions}"
+        + absent
         + ("\nTHE MACHINE WAS BUSY at the start: these times prove nothing" if busy else "")
     )
 
@@ -147,7 +188,7 @@ def _groups(rows: list[Row]) -> list[list[Row]]:
 
 
 def _case_table(rows: list[Row]) -> str:
-    ours, floor = _the(rows, "ours"), _the(rows, "floor")
+    ours, floor = _ours(rows), _the(rows, "floor")
     lines = []
     for row in rows:
         times = row["milliseconds"]
@@ -179,15 +220,15 @@ def summary_lines(document: schema.Document) -> list[list[str]]:
     """A line for each case and allocator, under SUMMARY_HEADS."""
     lines = []
     for rows in _groups(document["timings"]):
-        ours = _the(rows, "ours")
-        compiled = best(rows, "compiled")
+        ours = _ours(rows)
+        compiled, eager = best(rows, "compiled"), best(rows, "eager")
         lines.append(
             [
                 name_of(ours),
                 ours["allocator"],
                 _verdict(ours),
                 _times(ratio(ours, _the(rows, "floor"))),
-                _faster(ratio(_the(rows, "eager"), ours)),
+                _faster(ratio(eager, ours)) if eager else "-",
                 _faster(ratio(compiled, ours)) if compiled else "",
                 compiled["contender"] if compiled else "",
             ]
@@ -218,6 +259,12 @@ def case_of(row: Row) -> Case:
 
 def name_of(row: Row) -> str:
     return case_of(row).name
+
+
+def _ours(rows: list[Row]) -> Row:
+    """The first of ours that ran: what others are compared with."""
+    found = [row for row in rows if row["role"] == "ours"]
+    return next((row for row in found if row["milliseconds"] is not None), found[0])
 
 
 def _the(rows: list[Row], role: str) -> Row:

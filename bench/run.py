@@ -44,6 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     document = schema.describe(**{key: getattr(options, key) for key in schema.ASKED})
     document |= {"allocators": {}, "timings": [], "memory": []}
+    if asked := asked_backends(options):
+        document["backends"] = {name: refusal(name, options.device) for name in asked}
     if options.device == "cuda":
         path = _run_on_gpu(options, document)
     else:
@@ -85,7 +87,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
     parser.add_argument("--suite", choices=SUITES, default="cpu")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: the suite's own")
-    parser.add_argument("--backend", default="auto", help="backend of dicekernels to force")
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        help="backend of dicekernels to force, or several between commas that compete; auto: the suite's "
+        "own, or what is chosen for the case",
+    )
     parser.add_argument("--out", type=Path, default=schema.ROOT / "bench" / "results")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, help="default: the suite's own")
@@ -154,7 +161,7 @@ def _work(
         compiled=options.compiled,
         memory=options.memory,
     )
-    backends = [] if options.backend == "auto" else [_usable(options.backend)]
+    backends = usable_backends(options)
     timings: list[Row] = []
     memory: list[Row] = []
     cases = chosen_cases(suite, options.cases)
@@ -174,16 +181,41 @@ def _work(
     return {"timings": timings, "memory": memory}
 
 
-def _usable(backend: str) -> str:
-    from dicekernels import available_backends
+def asked_backends(options: argparse.Namespace) -> tuple[str, ...]:
+    """Backends of ours that compete, by name; none: each case takes what is chosen for it."""
+    if options.backend == "auto":
+        return SUITES[options.suite].backends
+    return tuple(options.backend.split(","))
 
-    reason = available_backends().get(backend, "no backend has this name")
-    if reason:
-        raise SystemExit(
-            f"bench: --backend: got {backend!r}, which cannot run here: {reason}. Expected 'auto' or "
-            f"one of {[name for name, why in available_backends().items() if not why]}"
-        )
-    return backend
+
+def refusal(backend: str, device: str) -> str:
+    """ "" or why a backend cannot run on the device."""
+    from dicekernels import available_backends
+    from dicekernels.dispatch import BACKENDS
+
+    if backend not in BACKENDS:
+        return "no backend has this name"
+    return available_backends()[backend] or BACKENDS[backend].can_run(device, torch.float32, 4)
+
+
+def usable_backends(options: argparse.Namespace) -> list[str]:
+    """The asked ones that can run; those that the caller named have to."""
+    reasons = {name: refusal(name, options.device) for name in asked_backends(options)}
+    usable = [name for name, reason in reasons.items() if not reason]
+    for name, reason in reasons.items():
+        if reason and options.backend != "auto":
+            from dicekernels.dispatch import BACKENDS
+
+            able = [known for known in BACKENDS if not refusal(known, options.device)]
+            raise SystemExit(
+                f"bench: --backend: got {name!r}, which cannot run here: {reason}. Expected 'auto' or "
+                f"some of {able}"
+            )
+        if reason:
+            print(f"bench: not measured: backend {name!r}: {reason}", file=sys.stderr)
+    if reasons and not usable:
+        raise SystemExit(f"bench: suite {options.suite!r}: none of its backends runs here: {reasons}")
+    return usable
 
 
 def measure_case(
@@ -199,10 +231,12 @@ def measure_case(
         measure.fill_heap(16 * case.logits_bytes)
     logits, labels = case.tensors(device)
     checker = peers.Checker(case, logits, labels)
-    found = peers.contenders(case, backends, suite.compiled)
+    found = peers.contenders(case, backends, suite.compiled, suite.monai)
     steps, rows = {}, {}
     for contender in found:
         row = _timing_row(case, allocator, contender.name, contender.role, case.floor_bytes)
+        if contender.backend is not None:
+            row["backend"] = contender.backend
         rows[contender.name] = row
         # A peer that cannot run is a result too; the others go on.
         try:

@@ -76,6 +76,8 @@ _TIMING = _object(
     milliseconds=_nullable(_object(forward=_STATS, backward=_STATS, both=_STATS)),
     minor_faults=_nullable({"type": "number", "minimum": 0}),
 )
+# Of ours, where a backend is forced.
+_TIMING["properties"]["backend"] = _TEXT
 _MEMORY = _object(
     case=_CASE,
     contender=_TEXT,
@@ -124,7 +126,9 @@ SCHEMA = {
 }
 
 # Only documents of a GPU have the first. ``finished``: false while cases are still to come, or were cut off.
+# ``backends``: those of ours that the suite asks for; "" or why one could not run.
 SCHEMA["properties"] |= {
+    "backends": {"type": "object", "additionalProperties": {"type": "string"}, "minProperties": 1},
     "ceiling": _object(
         copy=_object(
             bytes={"type": "integer", "minimum": 10**9},
@@ -164,7 +168,7 @@ def save(document: Document, folder: Path) -> Path:
     validate(document)
     parts = [document["suite"], slug(f"{document['device']['type']} {document['device']['name']}")]
     if document["backend"] != "auto":
-        parts.append(document["backend"])
+        parts.append(slug(document["backend"]))
     if document["cases"]:
         parts.append(slug(document["cases"]) or "part")
     folder.mkdir(parents=True, exist_ok=True)

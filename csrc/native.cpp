@@ -1,32 +1,26 @@
-// The pybind11 module dicekernels._native: facts about the build and the machine.
+// The pybind11 module dicekernels._native: facts about the build and the machine, and how the CUDA
+// kernels would cut a problem, so that tests see it without a GPU.
 // It includes no torch header and is never on the path of an op, so the package works without it.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <map>
+#include <optional>
 #include <string>
-#include <utility>
-#include <vector>
+
+#include "build_info.h"
+#include "cuda/fast.h"
+#include "cuda/tile.h"
 
 namespace py = pybind11;
 
 namespace {
 
-py::dict build_config() {
-  const std::vector<std::pair<std::string, std::string>> isas = {DK_ISA_TABLE};
-  py::dict isa_flags;
-  for (const auto& [name, flags] : isas) isa_flags[py::str(name)] = flags;
-
-  py::dict config;
-  config["version"] = DK_VERSION;
-  config["compiler"] = DK_COMPILER;
-  config["flags"] = DK_FLAGS;
-  config["torch_target"] = DK_TORCH_TARGET;
-  const std::string commit = DK_COMMIT;
-  config["commit"] = commit.empty() ? py::object(py::none()) : py::object(py::str(commit));
-  config["isas"] = isa_flags;
-  return config;
+// What _build_info.json says, compiled in: it tells a module of another build from its libraries.
+py::object build_config() {
+  return py::module_::import("json").attr("loads")(kBuildInfo);
 }
 
 // What the processor and the operating system support together (the compiler's own check asks
@@ -47,12 +41,120 @@ std::map<std::string, bool> cpu_features() {
   return features;
 }
 
+// The widest kernels that run here; DICEKERNELS_CPU_CAPABILITY may narrow them (cpu/kernels.cpp).
+std::string isa_level() {
+  const auto features = cpu_features();
+  const auto all = [&](std::initializer_list<const char*> names) {
+    for (const char* name : names) {
+      const auto found = features.find(name);
+      if (found == features.end() || !found->second) return false;
+    }
+    return true;
+  };
+  if (!all({"avx2", "fma", "f16c"})) return "baseline";
+  return all({"avx512f", "avx512bw", "avx512dq", "avx512vl"}) ? "avx512" : "avx2";
+}
+
+dicekernels::DType dtype_of(const std::string& name) {
+  using D = dicekernels::DType;
+  static const std::map<std::string, D> names = {
+      {"uint8", D::u8},      {"int8", D::i8},     {"int16", D::i16},
+      {"int32", D::i32},     {"int64", D::i64},   {"float16", D::f16},
+      {"bfloat16", D::bf16}, {"float32", D::f32}, {"float64", D::f64}};
+  const auto found = names.find(name);
+  if (found == names.end())
+    throw py::value_error("dtype: got '" + name + "', expected as float32 or uint8");
+  return found->second;
+}
+
+// A tensor (B, C, V) as an allocator gives it: aligned, and without gaps.
+dicekernels::View view_of(const std::string& dtype, int64_t channels, int64_t voxels,
+                          bool channels_last) {
+  dicekernels::View view;
+  view.data = reinterpret_cast<const void*>(uintptr_t{1} << 20);
+  view.dtype = dtype_of(dtype);
+  view.batch = channels * voxels;
+  view.channel = channels_last ? 1 : voxels;
+  view.voxel = channels_last ? channels : 1;
+  return view;
+}
+
+py::dict pass_of(const dicekernels::Problem& p, bool backward) {
+  using namespace dicekernels;
+  const bool masked = p.mask.data != nullptr;
+  // A block of the forward pass has a chunk of a sample, one of the backward pass a run of voxels.
+  const int64_t pieces =
+      backward ? (p.voxels + kRunVoxels - 1) / kRunVoxels : chunk_count(p.voxels);
+  py::dict out;
+  out["blocks"] = p.batch * pieces;
+  cuda::FastPlan fast{};
+  if (cuda::plan_fast(p, backward ? &p.logits : nullptr, &fast)) {
+    const int bytes = p.logits.dtype == DType::f32 ? 4 : 2;
+    out["kernel"] = "fast";
+    out["threads"] = fast.threads();
+    out["shared_bytes"] = backward ? cuda::plan_backward_memory(fast, bytes, masked).bytes
+                                   : cuda::plan_memory(fast, bytes, masked).bytes;
+    out["classes_in_registers"] = fast.held;
+    out["warps_per_voxel"] = fast.warps;
+    out["wide"] = fast.wide;
+    out["channels_last"] = fast.last;
+    out["direct_labels"] = fast.direct;
+    return out;
+  }
+  const int value_bytes = p.logits.dtype == DType::f64 ? 8 : 4;
+  const cuda::TilePlan tile = cuda::plan_tile(p.classes, p.dense, value_bytes);
+  out["kernel"] = "general";
+  out["threads"] = tile.threads;
+  out["shared_bytes"] = tile.bytes;
+  out["tile_voxels"] = tile.voxels();
+  return out;
+}
+
+// The arguments after channels_last are those of the ops after their tensors (dicekernels/ops.py).
+py::dict launch_plan(const std::array<int64_t, 3>& shape, const std::string& logits,
+                     const std::string& target, bool masked, bool channels_last, bool dense,
+                     int64_t activation, int64_t overlap, int64_t voxel_term, int64_t rows,
+                     std::optional<int64_t> ignore_index, bool product_mask, double focal_gamma,
+                     int64_t first_class) {
+  using namespace dicekernels;
+  if (shape[0] < 0 || shape[1] < 1 || shape[2] < 0)
+    throw py::value_error("shape: expected (B, C, V) with at least one class");
+  Problem p{};
+  p.batch = shape[0];
+  p.classes = shape[1];
+  p.voxels = shape[2];
+  p.logits = view_of(logits, p.classes, p.voxels, channels_last);
+  p.target = view_of(target, dense ? p.classes : 1, p.voxels, channels_last);
+  if (masked) p.mask = view_of("float32", 1, p.voxels, false);
+  p.dense = dense;
+  p.product_mask = product_mask;
+  p.has_ignore = ignore_index.has_value();
+  p.ignore_index = ignore_index.value_or(0);
+  p.activation = static_cast<Activation>(activation);
+  p.overlap = static_cast<Overlap>(overlap);
+  p.voxel_term = static_cast<VoxelTerm>(voxel_term);
+  p.rows = rows;
+  p.focal_gamma = focal_gamma;
+  p.first_class = first_class;
+  py::dict passes;
+  passes["sums"] = pass_of(p, false);
+  passes["sums_backward"] = pass_of(p, true);
+  return passes;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Facts about the build and the machine; optional.";
-  m.def("build_config", &build_config,
-        "version, compiler, flags, torch_target, commit (or None) and isas: {name: its flags}");
+  m.def("build_config", &build_config, "What _build_info.json says of the build of this module");
   m.def("cpu_features", &cpu_features,
         "{instruction set: usable on this processor}; empty on machines that are not x86-64");
+  m.def("isa_level", &isa_level, "baseline, avx2 or avx512: the widest CPU kernels that run here");
+  m.def(
+      "launch_plan", &launch_plan, py::arg("shape"), py::arg("logits"), py::arg("target"),
+      py::arg("masked"), py::arg("channels_last"), py::arg("dense"), py::arg("activation"),
+      py::arg("overlap"), py::arg("voxel_term"), py::arg("rows"), py::arg("ignore_index"),
+      py::arg("product_mask"), py::arg("focal_gamma"), py::arg("first_class"),
+      "How the CUDA kernels cut (B, C, V) logits and a target of these dtypes, aligned and without "
+      "gaps: {sums, sums_backward: {kernel, blocks, threads, shared_bytes, ...}}");
 }

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends import native
+from .backends import gpus, native
 from .backends.triton import support as triton_support
 
 MAX_CLASSES = 4096
+MAX_CUDA_CLASSES = 512
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BACKEND_VARIABLE = "DICEKERNELS_BACKEND"
 
@@ -52,9 +53,57 @@ def _cpu_can_run(device: str, dtype: torch.dtype, classes: int) -> str:
     return ""
 
 
+def cuda_takes(dtype: torch.dtype, classes: int) -> str:
+    """ "" or the reason why the CUDA kernels do not take logits of these."""
+    if dtype not in KERNEL_DTYPES:
+        return f"the logits are {dtype}, it takes float32, float16, bfloat16 and float64"
+    if classes > MAX_CUDA_CLASSES:
+        return f"the logits have {classes} classes, it takes up to {MAX_CUDA_CLASSES}"
+    return ""
+
+
+def _cuda_available() -> str:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    error = native.load_error("cuda")
+    if error:
+        return error
+    if torch.cuda.device_count() == 0:
+        return "torch sees no GPU here"
+    return str(torch.ops.dicekernels.cuda_obstacle())
+
+
+def _cuda_can_run(device: str, dtype: torch.dtype, classes: int) -> str:
+    if device != "cuda":
+        return f"the logits are on {device}, it takes tensors on cuda"
+    return cuda_takes(dtype, classes) or _unsupported_gpu()
+
+
+_architectures: str | None = None
+
+
+def _unsupported_gpu() -> str:
+    """ "" or which GPU of this process the library has no code for: then it serves none of them."""
+    global _architectures
+    if _architectures is None:
+        _architectures = str(torch.ops.dicekernels.cuda_architectures())
+    for capability in gpus.capabilities():
+        if not gpus.runs_on(_architectures, capability):
+            return (
+                f"a GPU here has compute capability {capability}, the library was compiled for "
+                f"{_architectures}; rebuild it with TORCH_CUDA_ARCH_LIST"
+            )
+    return ""
+
+
+# What torch.compiler.assume_constant_result does, without importing torch._dynamo.
+_unsupported_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo's own mark
+
+
 BACKENDS = {
     backend.name: backend
     for backend in (
+        Backend("cuda", "dicekernels", _cuda_available, _cuda_can_run),
         Backend("cpu", "dicekernels", _cpu_available, _cpu_can_run),
         Backend("triton", "dicekernels_triton", triton_support.unavailable, triton_support.can_run),
         Backend("eager", "dicekernels_eager", lambda: "", lambda device, dtype, classes: ""),

@@ -63,7 +63,7 @@ SCHEMAS = {
 }
 NAMESPACES = ("dicekernels", "dicekernels_triton", "dicekernels_eager")
 
-libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in NAMESPACES}
+libraries: dict[str, torch.library.Library] = {}
 
 
 @functools.lru_cache
@@ -223,32 +223,42 @@ def _triton_sums_backward(
     return gradient
 
 
+FAKES: dict[str, Callable[..., Any]] = {
+    "sums": _fake_sums,
+    "finish": _fake_finish,
+    "sums_backward": _fake_sums_backward,
+}
+BODIES: dict[str, dict[str, Callable[..., Any]]] = {
+    "dicekernels_eager": {
+        "sums": _eager_sums,
+        "finish": _eager_finish,
+        "sums_backward": _eager_sums_backward,
+    },
+    "dicekernels_triton": {
+        "sums": _triton_sums,
+        "finish": _triton_finish,
+        "sums_backward": _triton_sums_backward,
+    },
+}
+
+
+def define(namespace: str) -> None:
+    """Schemas and fakes of the three ops in a namespace; their bodies come from elsewhere."""
+    library = libraries[namespace] = torch.library.Library(namespace, "DEF")
+    for name, schema in SCHEMAS.items():
+        library.define(schema)
+        torch.library.register_fake(f"{namespace}::{name}", FAKES[name], lib=library)
+
+
 def _register() -> None:
-    fakes: dict[str, Callable[..., Any]] = {
-        "sums": _fake_sums,
-        "finish": _fake_finish,
-        "sums_backward": _fake_sums_backward,
-    }
-    bodies: dict[str, dict[str, Callable[..., Any]]] = {
-        "dicekernels_eager": {
-            "sums": _eager_sums,
-            "finish": _eager_finish,
-            "sums_backward": _eager_sums_backward,
-        },
-        "dicekernels_triton": {
-            "sums": _triton_sums,
-            "finish": _triton_finish,
-            "sums_backward": _triton_sums_backward,
-        },
-    }
-    for namespace, library in libraries.items():
-        for name, schema in SCHEMAS.items():
-            library.define(schema)
-            torch.library.register_fake(f"{namespace}::{name}", fakes[name], lib=library)
-    for namespace, functions in bodies.items():
+    for namespace in NAMESPACES:
+        define(namespace)
+    for namespace, functions in BODIES.items():
         for name, body in functions.items():
             libraries[namespace].impl(name, body, "CompositeExplicitAutograd")
     native.load_error("cpu")
+    if torch.version.cuda is not None:
+        native.load_error("cuda")
 
 
 _register()
@@ -262,7 +272,9 @@ def call_sums(namespace: str, logits: Tensor, target: Tensor, mask: Tensor | Non
         return traced
     try:
         slots: Tensor = op(logits, target, mask, *spec.args())
-        return slots
+        # The kernels of a GPU count such labels; whoever launches them decides whether to wait for the count.
+        counted = namespace not in BODIES and (namespace != "dicekernels" or logits.device.type != "cpu")
+        return _checked(slots, logits, target, mask, spec) if counted else slots
     except LabelRangeError:
         raise
     except RuntimeError as error:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
+import emulated
 import pytest
 import torch
+from cases import DEVICE
 
 import dicekernels
 from dicekernels.backends.triton.support import interpreted
@@ -14,22 +17,26 @@ from dicekernels.backends.triton.support import interpreted
 torch.set_num_threads(1)
 
 
-# The tests make their tensors on the CPU, where Triton only runs in its interpreter. That takes a process
-# of its own (tests/test_triton_interpreter.py), which is for "triton" alone.
-BACKENDS = ["triton"] if interpreted() else ["cpu", "eager"]
-
+# The tests make their tensors on the CPU, unless on_device.py runs them on a GPU. On the CPU Triton only runs
+# in its interpreter, which takes a process of its own (tests/test_triton_interpreter.py), for "triton" alone.
 if interpreted():
     import triton_interpreter
 
+    BACKENDS = ["triton"]
     triton_interpreter.prepare()
+elif DEVICE != "cpu":
+    BACKENDS = ["cuda", "triton", "eager"]
+else:
+    BACKENDS = ["cpu", "eager", "emulated"]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Forces one backend for the test and gives its name; skips with the reason if it is not here."""
     name: str = request.param
-    reason = dicekernels.available_backends()[name]
-    if reason:
-        pytest.skip(f"backend {name!r}: {reason}")
-    with dicekernels.use_backend(name):
-        yield name
+    with emulated.registered() if name == "emulated" else nullcontext():
+        reason = dicekernels.available_backends()[name]
+        if reason:
+            pytest.skip(f"backend {name!r}: {reason}")
+        with dicekernels.use_backend(name):
+            yield name

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
-from cases import make_labels, make_logits
+from cases import make_labels, make_logits, make_mask, make_values
 from test_ops import HOT
 
 import dicekernels
@@ -21,15 +24,33 @@ from dicekernels import (
     GeneralizedDiceLoss,
     MCCLoss,
     TverskyLoss,
+    functional,
 )
+from dicekernels.backends.triton.support import interpreted
+from dicekernels.dispatch import forced_backend
 
 DEVICE = os.environ.get("DICEKERNELS_TEST_DEVICE", "cuda")
+
+
+def backends_of_a_gpu() -> tuple[str, ...]:
+    """The backends that every test runs on; only one if ``DICEKERNELS_BACKEND`` names it.
+
+    With ``DICEKERNELS_TEST_DEVICE=cpu``, to try what needs no stream and no graph: the CUDA kernels in the
+    emulator, or Triton's where ``TRITON_INTERPRET`` is set.
+    """
+    if DEVICE == "cpu":
+        return ("triton",) if interpreted() else ("emulated",)
+    forced = forced_backend()
+    return (forced,) if forced in ("cuda", "triton") else ("cuda", "triton")
+
+
+GPU_BACKENDS = backends_of_a_gpu()
 HERE = [
     pytest.mark.skipif(
         DEVICE == "cuda" and not torch.cuda.is_available(),
         reason=f"torch {torch.__version__} sees no CUDA device here; run bash bench/gpu.sh on a GPU node",
     ),
-    pytest.mark.usefixtures("triton"),
+    pytest.mark.usefixtures("gpu_backend"),
 ]
 
 SHAPE = (2, 5, 23, 29, 31)  # 20677 voxels: six chunks a sample, the last one a rest
@@ -48,14 +69,24 @@ MODULES = {
 }
 
 
-@pytest.fixture
-def triton() -> Iterator[None]:
-    """Forces the backend."""
-    reason = dicekernels.available_backends()["triton"]
+@pytest.fixture(params=GPU_BACKENDS)
+def gpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Forces one backend for the test and gives its name; skips with the reason if it is not here."""
+    name: str = request.param
+    reason = dicekernels.available_backends()[name]
     if reason:
-        pytest.skip(f"backend 'triton': {reason}")
-    with dicekernels.use_backend("triton"):
+        pytest.skip(f"backend {name!r}: {reason}")
+    with dicekernels.use_backend(name):
+        yield name
+
+
+@pytest.fixture
+def memory_alone() -> Iterator[None]:
+    """Tests that take most of a GPU's memory wait for each other, in whatever process they run."""
+    with (Path(tempfile.gettempdir()) / "dicekernels-memory-of-the-gpu.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+        torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -73,6 +104,15 @@ def problem(shape=SHAPE, dtype=torch.float32, seed=0):
     """Logits that require a gradient, and labels."""
     labels = make_labels((shape[0], 1, *shape[2:]), shape[1], seed=seed + 1)
     return make_logits(shape, dtype, seed).to(DEVICE).requires_grad_(), labels.to(DEVICE)
+
+
+def inputs_of(kind):
+    """(loss of logits and target, logits, target): "labels" of DiceCE, or "values and mask" of Tversky."""
+    logits, labels = problem()
+    if kind == "labels":
+        return lambda z, y: functional.dice_ce_loss(z, y, **HOT), logits, labels
+    values, mask = make_values(SHAPE).to(DEVICE), make_mask("fraction", SHAPE).to(DEVICE)
+    return lambda z, y: functional.tversky_loss(z, y, sigmoid=True, mask=mask), logits, values
 
 
 def bits(loss, logits, target):

@@ -6,17 +6,23 @@
 The problems of cases.py are then tensors of that device, and so are those that tests make by themselves.
 ``oracle_rows`` computes on the CPU; the losses of ``dicekernels.reference`` run in float64 on the device. A
 default device would hide where the package makes a tensor without naming one: test_cuda.py has none.
+
+``DICEKERNELS_BACKEND`` restricts it to the tests of one backend. Tests that name none take what is chosen
+for them, and belong to the first backend that a GPU has here.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import pytest
 import torch
 
-MODULES = ("sums", "numerics", "ops", "compile", "transforms", "determinism")
+MODULES = ("sums", "finish", "numerics", "ops", "compile", "transforms", "determinism")
+# The kernels of csrc/cuda alone, plan by plan.
+CUDA_MODULES = ("cuda_kernels", "cuda_kernels_launch")
 # Tests by name, and why they do not speak of this device.
 NOT_HERE = {
     "test_labels_out_of_range_are_counted_and_located": "no error where it costs a wait; see test_cuda.py",
@@ -35,6 +41,8 @@ NOT_HERE = {
     "test_every_cpu_level_keeps_the_bound": "instruction sets of the CPU",
     "test_an_unknown_level_is_refused": "instruction sets of the CPU",
 }
+# These call the namespace of the CUDA backend, and name no backend.
+OF_CUDA = ("test_wrong_lengths_are_refused", "test_cpp_equals_its_twin_and_the_twins_autograd")
 
 
 class Generator(torch.Generator):
@@ -52,14 +60,36 @@ def pytest_configure() -> None:
     torch.Generator = Generator
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def _backend_of(item: pytest.Item) -> str | None:
+    """What the fixture ``backend`` forces for a test."""
+    call = getattr(item, "callspec", None)
+    return None if call is None else call.params.get("backend")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    from dicekernels import available_backends, dispatch
+
+    reasons = available_backends()
+    chosen = dispatch.forced_backend()
+    if chosen is not None:
+        # The fixture forces it where a test speaks of it; the others are free to choose.
+        dispatch.force_backend(None)
+        first = next(name for name in ("cuda", "triton", "eager") if not reasons[name])
+        groups: dict[bool, list[pytest.Item]] = {True: [], False: []}
+        for item in items:
+            groups[(_backend_of(item) or first) == chosen].append(item)
+        items[:] = groups[True]
+        config.hook.pytest_deselected(items=groups[False])
     for item in items:
         name, _, parameters = item.name.partition("[")
         if name in NOT_HERE:
             item.add_marker(pytest.mark.skip(reason=NOT_HERE[name]))
+        elif name in OF_CUDA and reasons["cuda"]:
+            item.add_marker(pytest.mark.skip(reason=f"backend 'cuda': {reasons['cuda']}"))
         elif "cpu" in parameters.rstrip("]").split("-"):
             item.add_marker(pytest.mark.skip(reason="the backend of the CPU"))
 
 
 if __name__ == "__main__":
-    print(*(f"tests/test_{name}.py" for name in MODULES))
+    modules = CUDA_MODULES if sys.argv[1:] == ["cuda_kernels"] else MODULES
+    print(*(f"tests/test_{name}.py" for name in modules))

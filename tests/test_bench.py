@@ -203,19 +203,19 @@ def document(dry_run: tuple[str, Path]) -> schema.Document:
 def test_gpu_dry_run_prints_the_commands_in_order(dry_run: tuple[str, Path]) -> None:
     output, out = dry_run
     commands = [line for line in output.splitlines() if line.startswith("+ ")]
-    bench = f"-m bench.run --suite gpu --backend triton --out {out} --budget 150 --no-compiled"
-    parts = [
-        "-m bench.prebuild --suite gpu",
-        bench,
-        "-m bench.host_cost",
-        "tests/test_cuda.py",
-        "-p on_device",
-    ]
-    parts += ["-m bench.sanitize", "--suite gpu_peers"]
-    places = [[part in line for line in commands].index(True) for part in parts]
-    assert places == sorted(places)
-    assert "tests/test_sums.py" in commands[places[4]]
+    contract = "-p on_device -m not slow tests/test_sums.py tests/test_finish.py"
+    parts = ["-DDICEKERNELS_BUILD=cuda -DDICEKERNELS_ARCH_LIST=9.0", "--target dicekernels_cuda"]
+    parts += ["-m dicekernels.env", "tests/test_cuda.py tests/test_cuda_graphs.py -k not"]
+    parts += ["-m bench.prebuild --suite gpu"]
+    parts += [f"-m bench.run --suite gpu --out {out} --budget 170 --no-compiled"]
+    parts += ["tests/test_cuda_kernels.py tests/test_cuda_kernels_launch.py"]
+    parts += [f"DICEKERNELS_BACKEND={name} .*{contract}" for name in ("cuda", "triton", "eager")]
+    parts += ["tests/test_triton_finish.py", "-m bench.sanitize --backends cuda triton"]
+    parts += ["-m bench.host_cost", "--suite gpu_peers"]
+    places = [[re.search(part, line) is not None for line in commands].index(True) for part in parts]
+    assert places == sorted(set(places))
     assert "-m bench.tune" not in "".join(commands)
+    assert "11 problems ran" in output
     assert "Time, forward + backward" in output
     assert re.search(r"triton in the interpreter: loss (\S+), eager \1;", output)
     assert (out / "gpu.log").read_text() == output

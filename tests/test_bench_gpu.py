@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # Last, so that an installed dicekernels is not hidden by the sources beside bench.
 sys.path.append(str(ROOT))
 
-from bench import measure, prebuild, report, run, schema, tune  # noqa: E402
+import dicekernels  # noqa: E402
+from bench import measure, peers, prebuild, report, run, sanitize, schema, tune  # noqa: E402
 from bench.cases import SUITES, Case  # noqa: E402
+from dicekernels.spec import Activation  # noqa: E402
 
 
 def test_a_gpus_clock_leads_with_work_and_flushes_before_each_half(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,21 +137,91 @@ def test_a_gpu_saves_after_each_case_and_stops_when_time_is_out(
         assert schema.load(path)["finished"] == expected[-1][1]
 
 
+TRAINED = ("dice_ce", "gdl", "tversky", "dice_focal")
+
+
 def test_the_gpu_suites_fill_a_gpu_and_start_with_what_has_a_goal() -> None:
     cases = SUITES["gpu"].cases
     filling = [case for case in cases if case.shape[2:] == (128, 128, 128)]
     assert all(case.floor_bytes >= 200e-6 * 4.3e12 for case in filling)
-    asked = {
-        (loss, classes, dtype)
-        for loss in ("dice_ce", "gdl", "tversky")
-        for classes in (2, 4, 14, 32, 117)
-        for dtype in ("float32", "bfloat16")
-    }
-    assert asked <= {
-        (case.loss, case.shape[1], case.dtype) for case in filling if case.layout == "contiguous"
-    }
+    asked = set(
+        itertools.product(
+            TRAINED, (2, 4, 14, 32, 117), ("float32", "bfloat16"), ("contiguous", "channels_last")
+        )
+    )
+    measured = {(c.loss, c.shape[1], c.dtype, c.layout) for c in filling if c.label_dtype == "uint8"}
+    assert asked <= measured
     has_goal = [report.goal(case) is not None for case in filling]
     assert has_goal == sorted(has_goal, reverse=True) and sum(has_goal) == 21
+
+
+def test_both_backends_of_a_gpu_compete() -> None:
+    case = SUITES["gpu"].cases[0]
+    for name, eager in (("gpu", []), ("gpu_peers", ["MONAI"])):
+        suite = SUITES[name]
+        found = peers.contenders(case, suite.backends, False, suite.monai)
+        assert [c.name for c in found] == ["dicekernels (cuda)", "dicekernels (triton)", *eager]
+        assert [c.backend for c in found] == ["cuda", "triton", *[None] * len(eager)]
+    (chosen, _) = peers.contenders(case, SUITES["cpu"].backends, False)
+    assert (chosen.name, chosen.backend) == ("dicekernels", None)
+
+
+def of(backend: str, row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"backend": backend, "contender": f"dicekernels ({backend})"}
+
+
+def test_two_backends_beside_each_other() -> None:
+    case, other = (Case("dice_ce", (1, classes, 9, 9, 9)) for classes in (4, 5))
+    floor = timed(case, 0.1, 0.1, "floor")
+    rows = [of("cuda", timed(case, 1.0, 2.09)), of("triton", timed(case, 2.0, 1.0)), floor]
+    rows += [of("cuda", timed(other, 1.0, 2.10)), of("triton", timed(other, 2.0, 1.0)), floor]
+    rows[-1] = timed(other, 0.1, 0.1, "floor")
+    full = on_a_gpu(*rows)
+    full |= {"backend": "auto", "backends": {"cuda": "", "triton": ""}}
+    schema.validate(full)
+    first, second = (line[1:] for line in report.beside_lines(full))
+    assert first == ["cuda / triton", "1000.0", "0.500", "2090.0", "2.090", "3090.0", "1.030", "met"]
+    assert second[-3:] == ["3100.0", "1.033", "MISSED"]
+    text = report.render(full)
+    assert "cuda and triton" in text and "should take <= 1.03" in text
+    assert f"{case.name}, triton" in text  # the shares of each
+    full["timings"][1] = of("triton", timed(case, 2.0, 1.0, passed=False))
+    assert report.beside_lines(full)[0][1:] == ["cuda / triton", *[""] * 6, "-"]
+
+
+def test_what_a_backend_that_did_not_run_leaves() -> None:
+    case = Case("dice_ce", (1, 4, 9, 9, 9))
+    broken = of("cuda", timed(case, 1.0, 1.0)) | {"milliseconds": None, "check": None, "error": "no code"}
+    rows = [broken, of("triton", timed(case, 2.0, 2.0)), timed(case, 1.0, 1.0, "floor")]
+    full = on_a_gpu(*rows) | {"backends": {"cuda": "", "triton": ""}}
+    text = report.render(full)
+    assert "did not run" in text and "no code" in text and "2.00x" in text
+    absent = on_a_gpu(*rows[1:]) | {"backends": {"cuda": "no nvcc here", "triton": ""}}
+    assert "NOT MEASURED: backend cuda: no nvcc here" in report.render(absent)
+
+
+def test_two_backends_are_measured_in_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if dicekernels.available_backends()["cpu"]:
+        pytest.skip(dicekernels.available_backends()["cpu"])
+    options = ["--suite=quick", "--cases=gdl", "--rounds=1", "--memory=none", "--allocators=default"]
+    run.main([*options, "--backend=cpu,eager", f"--out={tmp_path}"])
+    (path,) = tmp_path.glob("quick--cpu-*--cpu-eager--gdl.json")
+    document = schema.load(path)
+    assert document["backends"] == {"cpu": "", "eager": ""}
+    names = [row["contender"] for row in document["timings"]]
+    assert names[:3] == ["dicekernels (cpu)", "dicekernels (eager)", "MONAI"]
+    assert [row.get("backend") for row in document["timings"]] == ["cpu", "eager", None, None]
+    assert "cpu / eager" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--backend: got 'cuda', which cannot run here"):
+        run.usable_backends(run._parse([*options, "--backend=cuda,eager"]))
+
+
+def test_the_sanitizer_takes_one_backend_after_the_other() -> None:
+    tools = ["memcheck", "racecheck", "initcheck"]
+    expected = [(tool, name) for name in ("cuda", "triton") for tool in tools]
+    expected += [("synccheck", name) for name in ("cuda", "triton")]
+    assert sanitize.in_order([*tools, "synccheck"], ["cuda", "triton"]) == expected
+    assert {problem.loss for problem in sanitize.PROBLEMS} == {*TRAINED, "values"}
 
 
 def test_prebuilt_problems_are_those_of_the_suite() -> None:
@@ -159,6 +232,8 @@ def test_prebuilt_problems_are_those_of_the_suite() -> None:
     assert (tuple(logits.shape), logits.dtype, mask) == (case.shape, torch.float32, None)
     assert (target.shape[0], target.dtype) == (case.shape[0], torch.uint8)
     assert prebuild.problem_of(Case("gdl_focal", (1, 4, 5, 6, 7))) is None
+    focal = prebuild.problem_of(Case("dice_focal", (1, 4, 5, 6, 7)))
+    assert focal is not None and focal.spec.sums.activation == Activation.SOFTMAX
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -186,7 +261,7 @@ def test_tuning_refuses_a_result_that_differs() -> None:
 def test_gpu_script_refuses_unknown_stages() -> None:
     command = ["bash", str(ROOT / "bench" / "gpu.sh"), "--dry-run", "--only", "bench,test"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "--only: got test, expected some of bench, host" in done.stderr
+    assert done.returncode == 2 and "--only: got test, expected some of build, check, bench" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -1,4 +1,6 @@
-"""What only a GPU shows: no wait of the host, streams, memory, bits. ``bash bench/gpu.sh`` runs it.
+"""What only a GPU shows: no wait of the host, streams, memory, bits; and that its backends agree.
+
+Every test runs on each backend of a GPU. ``bash bench/gpu.sh`` runs them.
 
 No default device is set here: a tensor that the package makes without naming a device is an error. The
 contract itself runs on a GPU by on_device.py.
@@ -6,15 +8,29 @@ contract itself runs on a GPU by on_device.py.
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
-from cases import gradient, laid_out, make_labels, make_logits, make_mask, make_values
-from cuda_cases import DEVICE, HERE, MODULES, SHAPE, assert_same, bits, no_wait, problem, triton  # noqa: F401
+from cases import gradient, laid_out, make_labels, make_logits
+from cuda_cases import (
+    DEVICE,
+    HERE,
+    MODULES,
+    assert_same,
+    bits,
+    gpu_backend,  # noqa: F401  (a fixture)
+    inputs_of,
+    memory_alone,  # noqa: F401  (a fixture)
+    no_wait,
+    problem,
+)
 from test_ops import HOT, LOSSES, problem_of
 
 import dicekernels
 from dicekernels import DiceCELoss, LabelRangeError, functional, reference, region_sums
-from dicekernels.testing import assert_close_to_truth, assert_gradient_close
+from dicekernels.dispatch import available_backends, forced_backend
+from dicekernels.testing import assert_close_to_truth, assert_gradient_close, error_bound
 
 pytestmark = HERE
 F64 = torch.float64
@@ -52,6 +68,52 @@ def test_every_module_against_the_eager_backend_of_the_cpu(name, moved):
     got = bits(module.to(DEVICE) if moved else module, logits, labels)
     assert_close_to_truth(got[0], wide[0].double(), single[0], torch.float32, name)
     assert_gradient_close(got[1], wide[1], single[1], torch.float32, name)
+
+
+TRAINED = {
+    "dice_ce": (functional.dice_ce_loss, reference.dice_ce_loss),
+    "generalized": (functional.generalized_dice_loss, reference.generalized_dice_loss),
+    "tversky": (functional.tversky_loss, reference.tversky_loss),
+    "dice_focal": (functional.dice_focal_loss, reference.dice_focal_loss),
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last_3d"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [2, 4, 14, 32, 117])
+@pytest.mark.parametrize("name", TRAINED)
+def test_both_backends_agree(name, classes, dtype, layout):
+    # Two chunks a sample and a rest. Each keeps the bound around the truth, and so does their difference.
+    loss, oracle = TRAINED[name]
+    logits, labels = problem((2, classes, 16, 17, 32), dtype)
+    logits = laid_out(logits.detach(), layout).requires_grad_()
+    got = bits(lambda z, y: loss(z, y, **HOT), logits, labels)
+    truth, single = (
+        bits(lambda z, y: oracle(z, y, **HOT), logits.detach().to(kind).requires_grad_(), labels)
+        for kind in (F64, torch.float32)
+    )
+    honest = tuple(x.to(ours.dtype) for x, ours in zip(single, got, strict=True))
+    assert_close_to_truth(got[0], truth[0], honest[0], got[0].dtype, name)
+    assert_gradient_close(got[1], truth[1], honest[1], dtype, name)
+    if forced_backend() != "cuda" or available_backends()["triton"]:
+        return
+    with dicekernels.use_backend("triton"):
+        other = bits(lambda z, y: loss(z, y, **HOT), logits, labels)
+    for ours, theirs, exact, plain in zip(got, other, truth, honest, strict=True):
+        assert (ours.double() - theirs.double()).abs().max() <= error_bound(exact, plain, ours.dtype)
+        assert ours.stride() == theirs.stride()
+
+
+def test_weights_and_factors_on_either_side():
+    logits, labels = problem()
+    weights, results = [0.1, 0.2, 0.3, 0.4, 0.5], []
+    for place in ("cpu", DEVICE, None):
+        weight = weights if place is None else torch.tensor(weights, device=place)
+        factors = (0.3, 2.7) if place is None else torch.tensor([0.3, 2.7], dtype=F64, device=place).unbind()
+        options = {"weight": weight, "lambda_dice": factors[0], "lambda_ce": factors[1], **HOT}
+        results.append(bits(lambda z, y, o=options: functional.dice_ce_loss(z, y, **o), logits, labels))
+    for result in results[1:]:
+        assert_same(result, results[0])
 
 
 def test_autocast():
@@ -121,18 +183,29 @@ def test_the_meter_of_waits_sees_one():
         DiceCELoss(**HOT)(logits, labels).item()
 
 
-def test_two_kernels_forward_and_one_backward():
-    logits, labels = problem()
-    loss = DiceCELoss(**HOT).to(DEVICE)
+# Those of the CUDA backend are templates, with a fast form and a general one.
+KERNELS = {
+    "cuda": [r"\b(fast|general)_sums\b", r"\bfinish_kernel\b", r"\b(fast|general)_backward\b"],
+    "triton": ["^sums_kernel$", "^finish_kernel$", "^sums_backward_kernel$"],
+}
+
+
+@pytest.mark.parametrize("kind", ["labels", "values and mask"])
+def test_two_kernels_forward_and_one_backward(kind):
+    loss, logits, target = inputs_of(kind)
     grad_loss = torch.ones((), device=DEVICE)
-    torch.autograd.grad(loss(logits, labels), logits, grad_loss)
+    torch.autograd.grad(loss(logits, target), logits, grad_loss)
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
-        torch.autograd.grad(loss(logits, labels), logits, grad_loss)
+        torch.autograd.grad(loss(logits, target), logits, grad_loss)
         torch.cuda.synchronize()
     on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    kernels = [e.name for e in sorted(on_device, key=lambda e: e.time_range.start)]
-    assert kernels == ["sums_kernel", "finish_kernel", "sums_backward_kernel"]
+    if not on_device:
+        pytest.skip("the profiler sees nothing of this GPU; test_cuda_graphs.py counts the nodes of a graph")
+    launched = [e.name for e in sorted(on_device, key=lambda e: e.time_range.start)]
+    expected = KERNELS[forced_backend()]
+    assert len(launched) == len(expected), launched
+    assert all(re.search(*pair) for pair in zip(expected, launched, strict=True)), launched
 
 
 #
@@ -153,15 +226,8 @@ def test_the_same_bits_on_every_run(layout, dtype):
 @pytest.mark.parametrize("kind", ["labels", "values and mask"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last_3d", "class_slice", "permuted", "crop"])
 def test_nothing_of_uninitialised_memory_is_read(layout, kind):
-    logits, target = problem()
-    logits, mask = laid_out(logits.detach(), layout).requires_grad_(), make_mask("fraction", SHAPE).to(DEVICE)
-
-    def loss(z, y):
-        if kind == "labels":
-            return functional.dice_ce_loss(z, y, **HOT)
-        return functional.tversky_loss(z, y, sigmoid=True, mask=mask)
-
-    target = target if kind == "labels" else make_values(SHAPE).to(DEVICE)
+    loss, logits, target = inputs_of(kind)
+    logits = laid_out(logits.detach(), layout).requires_grad_()
     expected = bits(loss, logits, target)
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -241,14 +307,18 @@ def test_nothing_of_the_volumes_size_but_the_gradient(name, shape, dtype):
 # same bits.
 
 
-def test_more_than_two_to_the_31_elements():
+@pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last_3d], ids=["classes", "voxels"]
+)
+def test_more_than_two_to_the_31_elements(layout):
     shape, slab = (1, 117, 300, 512, 512), 50
     size = 2 * torch.Size(shape).numel()
     free, _ = torch.cuda.mem_get_info()
     if free < 3 * size:
         pytest.skip(f"{3 * size >> 30} GB of memory needed, {free >> 30} GB are free")
     torch.manual_seed(0)
-    logits = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE).normal_().requires_grad_()
+    logits = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE, memory_format=layout)
+    logits = logits.normal_().requires_grad_()
     labels = torch.randint(117, (1, 1, *shape[2:]), device=DEVICE, dtype=torch.uint8)
 
     def score(z, y):
@@ -260,7 +330,7 @@ def test_more_than_two_to_the_31_elements():
     (whole,) = torch.autograd.grad(value, logits)
     totals = {name: torch.zeros_like(row) for name, row in rows._asdict().items() if row is not None}
     for at in range(0, shape[2], slab):
-        z = logits.detach()[:, :, at : at + slab].contiguous().requires_grad_()
+        z = logits.detach()[:, :, at : at + slab].contiguous(memory_format=layout).requires_grad_()
         part, value = score(z, labels[:, :, at : at + slab].contiguous())
         for name in totals:
             totals[name] += getattr(part, name).detach()
@@ -272,6 +342,7 @@ def test_more_than_two_to_the_31_elements():
     assert torch.equal(totals["N"], torch.full((1, 117), float(labels.numel()), dtype=F64, device=DEVICE))
 
 
+@pytest.mark.usefixtures("memory_alone")
 def test_classes_and_samples_far_apart():
     # 2^30 elements between classes, 2^32 between samples: offsets of both beyond int32.
     stride = 2**30

@@ -1,13 +1,28 @@
-"""CUDA graphs of a training step, and torch.compile that makes them. ``bash bench/gpu.sh`` runs it."""
+"""CUDA graphs of a training step, and torch.compile that makes them, on each backend of a GPU.
+
+``bash bench/gpu.sh`` runs it.
+"""
 
 from __future__ import annotations
 
+import ctypes
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
 import torch
 from cases import laid_out
-from cuda_cases import DEVICE, HERE, HOT, MODULES, assert_same, bits, problem, triton  # noqa: F401
+from cuda_cases import (
+    DEVICE,
+    HERE,
+    HOT,
+    MODULES,
+    assert_same,
+    bits,
+    gpu_backend,  # noqa: F401  (a fixture)
+    inputs_of,
+    problem,
+)
 
 from dicekernels import DiceCELoss, functional
 
@@ -15,18 +30,52 @@ pytestmark = HERE
 F64 = torch.float64
 
 
-def captured(step: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
-    """The graph of a step and what it writes to; the capture fails if the host waits in the step."""
+def captured(step: Callable[[], object], keep: bool = False) -> tuple[torch.cuda.CUDAGraph, object]:
+    """The graph of a step and what it writes to; the capture fails if the host waits in the step.
+
+    ``keep``: for ``nodes_of`` alone, the graph is not made to run.
+    """
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph(keep_graph=keep)
     with torch.cuda.graph(graph):
         results = step()
     return graph, results
+
+
+# CUgraphNodeType of cuda.h, the first ones.
+NODES = ("kernel", "memcpy", "memset", "host", "graph", "empty")
+
+
+def nodes_of(graph: torch.cuda.CUDAGraph) -> Counter[str]:
+    """How many nodes of each kind a captured graph has, from the driver itself."""
+    driver, handle, count = (
+        ctypes.CDLL("libcuda.so.1"),
+        ctypes.c_void_p(graph.raw_cuda_graph()),
+        ctypes.c_size_t(),
+    )
+    assert driver.cuGraphGetNodes(handle, None, ctypes.byref(count)) == 0
+    nodes, kind = (ctypes.c_void_p * count.value)(), ctypes.c_int()
+    assert driver.cuGraphGetNodes(handle, nodes, ctypes.byref(count)) == 0
+    found: Counter[str] = Counter()
+    for node in nodes:
+        assert driver.cuGraphNodeGetType(ctypes.c_void_p(node), ctypes.byref(kind)) == 0
+        found[NODES[kind.value] if kind.value < len(NODES) else str(kind.value)] += 1
+    return found
+
+
+@pytest.mark.parametrize("kind", ["labels", "values and mask"])
+def test_a_graph_has_two_kernels_forward_and_one_backward(kind):
+    loss, logits, target = inputs_of(kind)
+    grad_loss = torch.ones((), device=DEVICE)
+    graph, _ = captured(lambda: loss(logits, target), keep=True)
+    assert nodes_of(graph) == {"kernel": 2}
+    graph, _ = captured(lambda: torch.autograd.grad(loss(logits, target), logits, grad_loss), keep=True)
+    assert nodes_of(graph) == {"kernel": 3}
 
 
 def fill(logits, labels, seed):
@@ -83,6 +132,28 @@ def test_graphs_replayed_at_a_time_on_two_streams():
     torch.cuda.synchronize()
     for _, results, expected, _ in steps:
         assert_same(results, expected)
+
+
+def test_a_graph_beside_launches_on_the_stream_of_its_capture():
+    # A captured launch must not share what the launches of its stream share.
+    logits, labels = problem()
+    other, more = problem((3, 4, 33, 34, 35), seed=7)
+    expected = bits(DiceCELoss(**HOT), logits, labels), bits(DiceCELoss(**HOT), other, more)
+    at, aside, graph = torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=at):
+        results = bits(DiceCELoss(**HOT), logits, labels)
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(50):
+        with torch.cuda.stream(aside):
+            graph.replay()
+        with torch.cuda.stream(at):
+            found.append(bits(DiceCELoss(**HOT), other, more))
+    torch.cuda.synchronize()
+    assert_same(results, expected[0])
+    for got in found:
+        assert_same(got, expected[1])
 
 
 @pytest.mark.parametrize("name", ["dice_ce", "generalized", "tversky", "dice_ce lambdas"])

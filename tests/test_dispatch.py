@@ -40,7 +40,9 @@ def lines_of(loss=None, logits=None, labels=LABELS):
 
 
 def test_every_backend_is_listed_and_these_two_run_here():
-    assert available_backends() == {"cpu": "", "triton": triton_support.unavailable(), "eager": ""}
+    listed = available_backends()
+    assert listed.pop("cuda")  # a build of torch without CUDA, or the reason why it cannot run
+    assert listed == {"cpu": "", "triton": triton_support.unavailable(), "eager": ""}
     available_backends()["cpu"] = "a copy"
     assert available_backends()["cpu"] == ""
 
@@ -48,9 +50,9 @@ def test_every_backend_is_listed_and_these_two_run_here():
 def test_the_binary_comes_first():
     assert dispatch.choose(LOGITS).name == "cpu"
     refusals = dispatch.refusals(LOGITS)
-    assert list(refusals) == ["cpu", "triton", "eager"]
+    assert list(refusals) == ["cuda", "cpu", "triton", "eager"]
     assert refusals["cpu"] == refusals["eager"] == ""
-    assert refusals["triton"]  # no GPU, or logits that are not on it
+    assert refusals["cuda"] and refusals["triton"]  # no GPU, or logits that are not on it
     with use_backend("eager"):
         assert dispatch.choose(LOGITS).name == "eager"
         with use_backend("cpu"):
@@ -97,7 +99,9 @@ def test_more_classes_than_the_binary_takes_give_the_same_loss():
 
 def test_an_unknown_name_lists_the_known_ones():
     with (
-        pytest.raises(ValueError, match=r"backend: got 'gpu', expected one of \['cpu', 'eager', 'triton'\]"),
+        pytest.raises(
+            ValueError, match=r"backend: got 'gpu', expected one of \['cpu', 'cuda', 'eager', 'triton'\]"
+        ),
         use_backend("gpu"),
     ):
         pass
@@ -123,7 +127,7 @@ def test_the_environment_forces_a_backend(value, expected):
 def test_an_unknown_name_in_the_environment_is_an_error():
     done = child(FORCED, DICEKERNELS_BACKEND="gpu")
     assert done.returncode
-    assert "ValueError: backend: got 'gpu', expected one of ['cpu', 'eager', 'triton']" in done.stderr
+    assert "ValueError: backend: got 'gpu', expected one of ['cpu', 'cuda', 'eager', 'triton']" in done.stderr
 
 
 def test_without_the_binary_eager_runs_and_the_first_cause_is_kept(tmp_path):
@@ -143,7 +147,8 @@ except RuntimeError as error:
     lines = done.stdout.splitlines()
     cause = f"{tmp_path}/libdicekernels_cpu.so not found (DICEKERNELS_LIBRARY_PATH points there)"
     assert lines[0] == "backend: eager"
-    assert lines[1].startswith(f"  not cpu: {cause}")
+    assert lines[1].startswith("  not cuda: ")
+    assert lines[2].startswith(f"  not cpu: {cause}")
     assert lines[-2].startswith(f"reason: {cause}")
     assert lines[-1].startswith(f"forced: backend 'cpu' is not available: {cause}")
 
@@ -151,6 +156,7 @@ except RuntimeError as error:
 def test_explain_names_backend_sums_and_memory():
     lines = lines_of()
     assert lines[0] == "backend: cpu"
+    assert lines.pop(1).startswith("  not cuda: ")
     assert lines[1].startswith("  not triton: ")
     assert lines[2] == "  not eager: not the first choice"
     # 2 * 3 * 120 * 4 bytes; rows I FP FN POS N BAD, 1 chunk: 2 * 1 * 3 * 6 * 8 bytes
@@ -162,6 +168,7 @@ def test_explain_names_backend_sums_and_memory():
     assert len(lines) == 5
     big = torch.zeros(1, 2, 1).expand(1, 2, 2**20)
     lines = lines_of(logits=big, labels=torch.zeros(1, 1, 1, dtype=torch.uint8).expand(1, 1, 2**20))
+    del lines[1]
     assert "8.4 MB" in lines[3]
     assert "in 256 chunks a sample, 0.025 MB" in lines[4]
     assert "kept for backward: 0.000 MB" in lines[4]
@@ -171,7 +178,8 @@ def test_explain_names_backend_sums_and_memory():
 def test_explain_under_a_forced_backend():
     with use_backend("eager"):
         lines = lines_of()
-    assert lines[:2] == ["backend: eager", "  not cpu: 'eager' is forced"]
+    assert lines[0] == "backend: eager"
+    assert lines[2] == "  not cpu: 'eager' is forced"
 
 
 def test_explain_a_target_that_requires_grad():
@@ -179,7 +187,7 @@ def test_explain_a_target_that_requires_grad():
     lines = lines_of(dicekernels.DiceLoss(softmax=True), labels=values)
     reason = "target requires a gradient, and the kernels differentiate the logits alone"
     assert lines[0] == f"backend: eager ({reason})"
-    assert lines[1] == f"  not cpu: {reason}"
+    assert lines[2] == f"  not cpu: {reason}"
 
 
 def test_explain_other_act():

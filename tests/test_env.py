@@ -68,6 +68,16 @@ def test_kernels_are_those_that_the_variable_names(value: str, kernels: str) -> 
     assert facts["variables"]["DICEKERNELS_CPU_CAPABILITY"] == value
 
 
+def test_build_is_what_the_file_beside_the_libraries_says() -> None:
+    facts = run_env()
+    written = json.loads((ROOT / "dicekernels/_build_info.json").read_text())
+    assert facts["build"] == written
+    text = env.as_text({"build": written})
+    assert re.search(rf"^  version +{re.escape(written['version'])}$", text, re.MULTILINE)
+    if written["cuda"]:
+        assert re.search(rf"^    architectures +{', '.join(written['cuda']['architectures'])}$", text, re.M)
+
+
 def test_broken_library_shows_its_error(tmp_path: Path) -> None:
     library = tmp_path / "libdicekernels_cpu.so"
     library.write_bytes(b"no shared library" * 100)
@@ -90,8 +100,9 @@ def test_every_variable_is_documented() -> None:
         for name in re.findall(r"[\"'(](DICEKERNELS_[A-Z_]+)[\"')]", path.read_text())
     }
     documented = set(re.findall(r"`([A-Z_]+)`", (ROOT / "docs/environment.md").read_text()))
-    # These two are CMake options that setup.py sets, not variables of the environment.
-    used -= {"DICEKERNELS_COMMIT", "DICEKERNELS_TORCH_DIR"}
+    # Options of CMake that setup.py sets, not variables of the environment.
+    options = ("ARCH_LIST", "COMMIT", "EMULATED", "SANITIZE", "TORCH_DIR", "TORCH_VERSION", "VERSION")
+    used -= {f"DICEKERNELS_{option}" for option in options}
     assert {"DICEKERNELS_BUILD", "DICEKERNELS_LIBRARY_PATH"} <= used
     assert used <= documented
     assert set(env.VARIABLES) <= documented

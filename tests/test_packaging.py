@@ -1,14 +1,16 @@
-"""What leaves the house: the symbols of the library, its dependencies, versions, the wheel."""
+"""What leaves the house: the symbols of the libraries, their dependencies, versions, the wheel."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import wheel_gate
 from packaging.requirements import Requirement
 
 import dicekernels
@@ -16,36 +18,49 @@ from dicekernels._version import __version__
 from dicekernels.backends import native
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = Path(sys.executable).parent
-LIBRARY = native.library_path("cpu")
+OP_LIBRARIES = ("cpu", "cuda")
 
 
-def output(*command: object) -> str:
+@pytest.fixture(params=OP_LIBRARIES)
+def library(request: pytest.FixtureRequest) -> Path:
+    """Each op library of this tree."""
+    path = native.library_path(request.param)
+    if not path.is_file():
+        pytest.skip(f"{path.name} was not built")
+    return path
+
+
+def run(*command: object, **variables: str) -> subprocess.CompletedProcess[str]:
     texts = [str(part) for part in command]
-    return subprocess.run(texts, capture_output=True, text=True, check=True).stdout
+    environment = os.environ | variables
+    return subprocess.run(texts, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
-def undefined_symbols() -> set[str]:
-    lines = output("nm", "-D", "--undefined-only", LIBRARY).splitlines()
-    return {line.split()[-1].split("@")[0] for line in lines}
+def without_nvcc() -> str:
+    """A PATH on which everything is found but nvcc."""
+    folders = os.environ["PATH"].split(os.pathsep)
+    return os.pathsep.join(folder for folder in folders if not Path(folder, "nvcc").exists())
 
 
-def test_library_uses_neither_python_nor_the_unstable_interface() -> None:
-    symbols = undefined_symbols()
+NO_NVCC = {"PATH": without_nvcc(), "CUDACXX": "", "CUDA_HOME": "", "CUDA_PATH": "", "DICEKERNELS_BUILD": ""}
+
+
+def test_library_uses_neither_python_nor_the_unstable_interface(library: Path) -> None:
+    symbols = wheel_gate.undefined_symbols(library)
     assert any(name.startswith("aoti_torch_") for name in symbols)
-    assert [name for name in symbols if re.match(r"_?Py", name)] == []
-    # Mangled C++ names of namespaces at, c10 and torch: N2at, N3c10, N5torch.
-    assert [name for name in symbols if re.match(r"_Z.*?N?K?(2at|3c10|5torch)", name)] == []
+    assert wheel_gate.foreign(symbols) == []
 
 
-def test_library_needs_torch_and_the_system_only() -> None:
-    dynamic = output("readelf", "--dynamic", "--wide", LIBRARY)
-    needed = set(re.findall(r"\(NEEDED\).*\[(.+?)\.so[.\d]*\]", dynamic))
-    assert "libtorch_cpu" in needed
-    loader = {name for name in needed if name.startswith("ld-linux")}
-    assert needed - loader <= {"libtorch_cpu", "libstdc++", "libgcc_s", "libm", "libc"}
-    assert "RPATH" not in dynamic
-    assert "RUNPATH" not in dynamic
+def test_gate_knows_foreign_symbols() -> None:
+    mangled = {"_ZN2at4_ops3sum4callEv", "_ZNK3c1010TensorImpl3dimEv", "_ZN5torch8autogradEv"}
+    assert wheel_gate.foreign(mangled | {"PyObject_Str", "_Py_Dealloc"}) == sorted(
+        mangled | {"PyObject_Str", "_Py_Dealloc"}
+    )
+    assert wheel_gate.foreign({"aoti_torch_get_dim", "_ZNSt6vectorIiE", "memcpy"}) == []
+
+
+def test_library_needs_torch_and_the_system_only(library: Path) -> None:
+    assert wheel_gate.needed(library) - wheel_gate.SYSTEM == {"libtorch_cpu"}
 
 
 def test_kernels_of_one_instruction_set_stay_in_their_namespace() -> None:
@@ -55,23 +70,34 @@ def test_kernels_of_one_instruction_set_stay_in_their_namespace() -> None:
         pytest.skip("the library was not built in this tree for x86-64")
     for path in objects:
         isa = re.search(r"dk_kernels_(\w+)\.dir", str(path))[1]
-        lines = output("nm", "--demangle", "--defined-only", path).splitlines()
+        lines = wheel_gate.output("nm", "--demangle", "--defined-only", path).splitlines()
         merged = [line for line in lines if line.split()[1] in "WVu" and f"::{isa}::" not in line]
         assert merged == [], f"{isa}: force these inline or put them into namespace DK_ISA"
 
 
-def test_library_names_no_folder_of_the_build_machine() -> None:
-    content = LIBRARY.read_bytes()
-    assert b"csrc/cpu/kernels.cpp" in content
+def test_library_names_no_folder_of_the_build_machine(library: Path) -> None:
+    content = library.read_bytes()
+    assert b"include/torch/csrc/stable" in content
     assert str(ROOT).encode() not in content
 
 
-def test_torch_abi_audit() -> None:
-    audit = shutil.which("torch-abi-audit", path=str(SCRIPTS)) or shutil.which("torch-abi-audit")
-    if audit is None:
+def test_torch_abi_audit(library: Path) -> None:
+    words = wheel_gate.abi(library)
+    if words is None:
         pytest.skip("torch-abi-audit is not installed")
-    words = " ".join(output(audit, "--check", "torch", LIBRARY).split())
     assert "Torch ABI: STABLE Min torch: 2.10.0 " in words
+
+
+def test_cuda_library_holds_the_code_that_was_asked_for() -> None:
+    path = native.library_path("cuda")
+    if not path.is_file():
+        pytest.skip("the CUDA library was not built")
+    found = wheel_gate.gpu_code(path)
+    if found is None:
+        pytest.skip("cuobjdump is not installed (triton has one)")
+    config = native.build_config()
+    assert config is not None
+    assert found == (set(config["cuda"]["architectures"]), set(config["cuda"]["ptx"]))
 
 
 def test_version_is_the_same_everywhere() -> None:
@@ -96,63 +122,180 @@ def test_pins_cover_the_extras_and_satisfy_them() -> None:
         assert all(requirement.specifier.contains(version) for version in pinned[requirement.name])
 
 
-def test_cuda_build_is_refused_by_name(tmp_path: Path) -> None:
-    cmake = shutil.which("cmake", path=str(SCRIPTS)) or shutil.which("cmake")
-    if cmake is None:
+def setup_version(**variables: str) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "setup.py", "--version", **variables)
+
+
+def fake_nvcc(folder: Path, release: str) -> str:
+    path = folder / "nvcc"
+    path.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.88\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_version_names_the_cuda_that_is_compiled(tmp_path: Path) -> None:
+    compiler = fake_nvcc(tmp_path, "13.0")
+    for variables in ({"CUDACXX": compiler}, {"PATH": f"{tmp_path}{os.pathsep}{NO_NVCC['PATH']}"}):
+        done = setup_version(**NO_NVCC | variables)
+        assert done.stdout.split("\n")[-2] == f"{__version__}+cu130"
+    done = setup_version(**NO_NVCC | {"CUDACXX": compiler, "DICEKERNELS_BUILD": "cpu"})
+    assert done.stdout.split("\n")[-2] == __version__
+
+
+def test_build_without_a_usable_nvcc_is_for_the_cpu_and_says_why(tmp_path: Path) -> None:
+    old = fake_nvcc(tmp_path, "11.8")
+    for variables, reason in (
+        ({}, "no nvcc on PATH"),
+        ({"CUDACXX": "/bin/false"}, "/bin/false does not run"),
+        ({"CUDACXX": old}, f"{old} is of CUDA 11.8, expected 12.0 or newer"),
+    ):
+        done = setup_version(**NO_NVCC | variables)
+        assert done.returncode == 0
+        assert done.stdout.split("\n")[-2] == __version__
+        assert f"building for the CPU only: {reason}" in done.stdout
+        done = setup_version(**NO_NVCC | variables | {"DICEKERNELS_BUILD": "cuda"})
+        assert done.returncode != 0
+        assert f"DICEKERNELS_BUILD=cuda, but {reason}" in done.stderr
+        assert "install the CUDA toolkit, or set DICEKERNELS_BUILD=cpu" in done.stderr
+
+
+def cmake(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    program = wheel_gate.program("cmake")
+    if program is None:
         pytest.skip("cmake is not installed")
-    command = [cmake, "-S", str(ROOT), "-B", str(tmp_path), "-DDICEKERNELS_BUILD=cuda"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return run(program, *arguments, **variables)
+
+
+def test_cmake_refuses_a_cuda_build_without_nvcc(tmp_path: Path) -> None:
+    torch_dir = Path(sys.modules["torch"].__file__).parent
+    options = ("-DDICEKERNELS_BUILD=cuda", f"-DDICEKERNELS_TORCH_DIR={torch_dir}")
+    done = cmake("-S", ROOT, "-B", tmp_path, *options, **NO_NVCC | {"CUDACXX": str(tmp_path / "nvcc")})
     assert done.returncode != 0
-    assert "no CUDA sources yet in this version" in " ".join(done.stderr.split())
+    words = " ".join(done.stderr.split())
+    assert "no CUDA compiler works here" in words
+    assert "set DICEKERNELS_BUILD=cpu" in words
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy of the tree, so that the development build stays as it is."""
-    source = tmp_path_factory.mktemp("source") / "dicekernels"
-    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.so", "__pycache__", "*.egg-info")
+@pytest.mark.parametrize(
+    ("arch_list", "expected"),
+    [
+        ("8.0 9.0 10.0 12.0+PTX", "80-real;90-real;100-real;120"),
+        ("8.0;9.0a", "80-real;90a-real"),
+        ("7.5, 8.6 ,9.0+PTX", "86-real;90"),  # as an image for all of PyTorch sets it
+        ("10.0f", "100f-real"),
+        ("Hopper", "got 'Hopper', expected entries like 8.0, 9.0a or 12.0+PTX"),
+        ("90", "got '90', expected entries"),
+        ("7.0", "got '7.0', expected at least one of 8.0 or newer"),
+    ],
+)
+def test_architectures_in_torchs_spelling(tmp_path: Path, arch_list: str, expected: str) -> None:
+    script = tmp_path / "call.cmake"
+    script.write_text(
+        f"""set(DICEKERNELS_BUILD cpu)
+        include("{ROOT}/csrc/cuda.cmake")
+        dk_architectures("{arch_list}" found)
+        message(STATUS "found ${{found}}")"""
+    )
+    done = cmake("-P", script)
+    assert expected in " ".join((done.stdout + done.stderr).split())
+
+
+def copy_of_the_tree(folder: Path) -> Path:
+    """So that the development build stays as it is."""
+    source = folder / "dicekernels"
+    ignored = shutil.ignore_patterns(
+        ".*", "build", "dist", "*.so", "_build_info.json", "__pycache__", "*.egg-info"
+    )
     shutil.copytree(ROOT, source, ignore=ignored)
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps"]
-    environment = os.environ | {"DICEKERNELS_NATIVE": "0", "DICEKERNELS_BUILD": "cpu"}
-    subprocess.run([*command, "--wheel-dir", str(folder), str(source)], env=environment, check=True)
+    return source
+
+
+def build_wheel(source: Path, folder: Path, *prefix: str, **variables: str) -> Path:
+    command = (
+        *prefix,
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+    )
+    done = run(*command, "--wheel-dir", folder, source, **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
     (path,) = folder.iterdir()
     return path
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_wheel_serves_every_python(wheel: Path) -> None:
-    assert re.fullmatch(rf"dicekernels-{__version__}-py3-none-linux_\w+\.whl", wheel.name)
+def files_of(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "dicekernels").rglob("*.py")}
-    names = set(zipfile.ZipFile(wheel).namelist())
-    info = f"dicekernels-{__version__}.dist-info"
-    metadata = {name for name in names if name.startswith(f"{info}/")}
-    expected = sources | {"dicekernels/py.typed", "dicekernels/libdicekernels_cpu.so"}
-    assert names - metadata == expected
-    assert f"{info}/licenses/LICENSE" in metadata
+slow = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_wheel_runs_outside_the_tree(wheel: Path, tmp_path: Path) -> None:
-    zipfile.ZipFile(wheel).extractall(tmp_path)
-    code = (
-        "from dicekernels.backends import native\nprint(native.library_path('cpu'), native.load_error('cpu'))"
-    )
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    library = tmp_path / "dicekernels/libdicekernels_cpu.so"
-    assert done.stdout.split() == [str(library), "None"]
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_of_the_tree(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With CUDA where nvcc is, for one architecture."""
+    variables = {"DICEKERNELS_NATIVE": "0", "TORCH_CUDA_ARCH_LIST": "9.0+PTX"}
+    return build_wheel(source, tmp_path_factory.mktemp("wheel"), **variables)
+
+
+class TestWheel:
+    pytestmark = slow
+
+    def test_serves_every_python(self, wheel: Path) -> None:
+        pattern = rf"dicekernels-{__version__}(\+cu\d+)?-py3-none-linux_\w+\.whl"
+        assert re.fullmatch(pattern, wheel.name)
+
+    def test_passes_the_gate(self, wheel: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        passed = wheel_gate.passes(wheel, sys.executable)
+        assert passed, capsys.readouterr().out
+
+    def test_gate_sees_what_does_not_belong_there(self, wheel: Path, tmp_path: Path) -> None:
+        spoilt = tmp_path / wheel.name
+        shutil.copy(wheel, spoilt)
+        with zipfile.ZipFile(spoilt, "a") as archive:
+            archive.writestr("dicekernels/left_over.so", b"")
+        with pytest.raises(AssertionError, match="too much: {'dicekernels/left_over.so'}"):
+            wheel_gate.Wheel(spoilt, tmp_path / "unpacked").contents()
+
+    def test_runs_beside_another_torch_and_python(self, wheel: Path, tmp_path: Path) -> None:
+        """docs/environment.md says how such a Python is prepared."""
+        other = os.environ.get("DICEKERNELS_OTHER_PYTHON")
+        if not other:
+            pytest.skip("DICEKERNELS_OTHER_PYTHON names no Python with another torch")
+        told = wheel_gate.Wheel(wheel, tmp_path / "unpacked").runs(other, tmp_path / "environment")
+        assert told.startswith("beside torch 2.")
+
+    def test_with_native_is_of_one_python(self, source: Path, tmp_path: Path) -> None:
+        pytest.importorskip("dicekernels._native", reason="_native was not built")
+        path = build_wheel(source, tmp_path / "wheel", DICEKERNELS_NATIVE="1", DICEKERNELS_BUILD="cpu")
+        tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+        assert f"-{__version__}-{tag}-{tag}-linux_" in path.name
+        built = wheel_gate.Wheel(path, tmp_path / "unpacked")
+        assert "libdicekernels_cuda.so" not in {library.name for library in built.libraries}
+        built.contents()
+        built.runs(sys.executable, tmp_path / "environment")
+
+    def test_from_the_source_archive_without_network_and_nvcc(self, source: Path, tmp_path: Path) -> None:
+        code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=source, check=False)
+        assert done.returncode == 0
+        archive = tmp_path / f"dicekernels-{__version__}.tar.gz"
+        with tarfile.open(archive) as opened:
+            opened.extractall(tmp_path, filter="data")
+        unpacked = tmp_path / f"dicekernels-{__version__}"
+        assert files_of(unpacked / "csrc") == files_of(source / "csrc")
+        alone = ("unshare", "--map-root-user", "--net")
+        offline = alone if run(*alone, "true").returncode == 0 else ()
+        path = build_wheel(unpacked, tmp_path / "wheel", *offline, **NO_NVCC)
+        assert path.name.startswith(f"dicekernels-{__version__}-py3-none-linux_")
+        built = wheel_gate.Wheel(path, tmp_path / "opened")
+        assert built.info["cuda"] is None
+        built.runs(sys.executable, tmp_path / "environment")

@@ -177,14 +177,15 @@ def test_the_whole_contract(name: str) -> None:
 
 
 def test_no_module_with_a_backend_is_forgotten() -> None:
-    # Those that force a backend for each test; test_demo runs a program, which takes GPUs as they are.
+    # Those that force a backend for each test; test_demo runs a program, which takes GPUs as they are, and
+    # test_cuda_kernels* are for the CUDA kernels alone.
     with_backend = {
         path.stem.removeprefix("test_")
         for path in TESTS.glob("test_*.py")
         if re.search(r"def test_\w+\([^)]*\bbackend\b|usefixtures\(\"backend\"\)", path.read_text())
     }
     covered = {module for modules in SLOW.values() for module in modules}
-    assert with_backend - covered == {"demo"}
+    assert with_backend - covered == {"demo", "cuda_kernels", "cuda_kernels_launch"}
     assert {"sums", "triton_kernels", "robust", "identities"} <= with_backend
 
 

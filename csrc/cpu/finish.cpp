@@ -103,10 +103,19 @@ std::tuple<Tensor, Tensor> finish_op(
                     : torch::stable::new_empty(sums, {}, dtype);
   Tensor coef = torch::stable::new_empty(sums, {samples, classes, row_count(rows)},
                                          torch::headeronly::ScalarType::Double);
-  std::vector<double> values(loss.numel());
-  finish(f, samples, classes, totals.data(), class_weights.data(), pos_weights.data(),
-         neg_weights.data(), region.data() ? *region.data() : 1, voxel.data() ? *voxel.data() : 1,
-         values.data(), static_cast<double*>(coef.mutable_data_ptr()));
+  std::vector<double> values(loss.numel()), batch_sums(batch ? width : 0);
+  const FinishData data{samples,
+                        classes,
+                        places_of(rows),
+                        totals.data(),
+                        batch_sums.data(),
+                        class_weights.data(),
+                        pos_weights.data(),
+                        neg_weights.data(),
+                        region.data() ? *region.data() : 1,
+                        voxel.data() ? *voxel.data() : 1,
+                        static_cast<double*>(coef.mutable_data_ptr())};
+  finish(f, data, OneThread(), [&](int64_t at, double value) { values[at] = value; });
   store(values, loss);
   return {loss, coef};
 }

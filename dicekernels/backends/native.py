@@ -3,12 +3,13 @@
 `libdicekernels_<name>.so` stands beside the package (or in `DICEKERNELS_LIBRARY_PATH`) and
 registers its ops with PyTorch when it is loaded. A library that cannot be loaded is no error here:
 another backend takes over, and `load_error` tells the cause to whoever asks or forces the backend.
-Nothing here registers an op.
+`_build_info.json` beside the libraries says how they were built. Nothing here registers an op.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 from pathlib import Path
 from types import ModuleType
@@ -16,8 +17,11 @@ from typing import Any
 
 import torch
 
+from dicekernels._version import __version__
+
 PACKAGE = Path(__file__).resolve().parent.parent
 PATH_VARIABLE = "DICEKERNELS_LIBRARY_PATH"
+BUILD_INFO = "_build_info.json"
 
 # name -> "" after a successful load, else the text of the first error. Filled on first use, once:
 # a second attempt would hide the first cause behind a later one.
@@ -25,7 +29,7 @@ _outcomes: dict[str, str] = {}
 
 
 def library_path(name: str) -> Path:
-    """Where the library of backend `name` ("cpu") is looked for; it may not exist.
+    """Where the library of backend `name` ("cpu", "cuda") is looked for; it may not exist.
 
     `DICEKERNELS_LIBRARY_PATH` replaces the folder of the package and is never fallen back from:
     whoever set it wants that library or an error.
@@ -46,7 +50,7 @@ def load_error(name: str) -> str | None:
     to do about it.
     """
     if name not in _outcomes:
-        _outcomes[name] = _load(library_path(name))
+        _outcomes[name] = _load(name, library_path(name))
     return _outcomes[name] or None
 
 
@@ -59,18 +63,34 @@ def native_module() -> ModuleType | None:
 
 
 def build_config() -> dict[str, Any] | None:
-    """How the libraries were built (version, compiler, flags, commit, isas); None if unknown."""
-    module = native_module()
-    return None if module is None else dict(module.build_config())
+    """How the libraries that are looked for were built; None where nothing beside them says so.
+
+    Keys: version (with its local tag), commit, compiler, flags, torch (that of the build), torch_target,
+    glibc, isas (name: its flags) and cuda (None, or nvcc, flags, architectures, ptx).
+    """
+    try:
+        info: dict[str, Any] = json.loads(library_path("cpu").with_name(BUILD_INFO).read_text())
+    except (OSError, ValueError):
+        return None
+    return info
 
 
-def _load(path: Path) -> str:
+def _load(name: str, path: Path) -> str:
     """Load the library at `path`; "" on success, else the error with its remedy."""
+    rebuild = "`make build` in a clone, or `pip install --no-build-isolation .` with torch installed"
+    if name == "cuda":
+        rebuild += ", with nvcc on PATH"
     if not path.is_file():
         where = f"{PATH_VARIABLE} points there" if os.environ.get(PATH_VARIABLE) else "not built"
+        return f"{path} not found ({where}); expected the compiled library: run {rebuild}"
+    # ROCm builds call their GPUs "cuda" too, and would be given the kernels.
+    if name == "cuda" and torch.version.cuda is None:
+        return f"{path} is not loaded: torch {torch.__version__} is no CUDA build; install one that is"
+    info = build_config()
+    if info is not None and info["version"].split("+")[0] != __version__:
         return (
-            f"{path} not found ({where}); expected the compiled library: run `make build` in a "
-            "clone, or `pip install --no-build-isolation .` with torch installed"
+            f"{path} is not loaded: got one of dicekernels {info['version']}, expected {__version__}: "
+            f"run {rebuild}"
         )
     try:
         torch.ops.load_library(path)
@@ -79,6 +99,6 @@ def _load(path: Path) -> str:
         cause = error.__cause__ or error
         return (
             f"{path} does not load with torch {torch.__version__}: {cause}; expected a library "
-            "built for torch >= 2.10 on this kind of machine: rebuild it with `make build`"
+            f"built for torch >= 2.10 on this kind of machine: run {rebuild}"
         )
     return ""

@@ -13,6 +13,8 @@ import re
 
 import torch
 
+from ..gpus import capabilities
+
 OLDEST = (3, 4)
 MAX_CLASSES = 512
 MIN_CAPABILITY = (7, 5)
@@ -72,23 +74,7 @@ def can_run(device: str, dtype: torch.dtype, classes: int) -> str:
     if classes > MAX_CLASSES:
         return f"the logits have {classes} classes, it takes up to {MAX_CLASSES}"
     if device == "cuda" and torch.version.hip is None:
-        capability = _oldest_capability()
+        capability = capabilities()[0]
         if capability < MIN_CAPABILITY:
             return f"a GPU here has compute capability {capability}, it takes {MIN_CAPABILITY} and newer"
     return ""
-
-
-_oldest: tuple[int, int] | None = None
-
-
-def _oldest_capability() -> tuple[int, int]:
-    """Of the GPUs that this process sees; asked only for logits on one, so CUDA is up already."""
-    global _oldest
-    if _oldest is None:
-        _oldest = min(torch.cuda.get_device_capability(at) for at in range(torch.cuda.device_count()))
-    return _oldest
-
-
-# What torch.compiler.assume_constant_result does; that imports torch._dynamo, which doubles the time of our
-# import.
-_oldest_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo's own mark
