@@ -207,7 +207,9 @@ if wanted sanitize; then
     limited 320 "$python" -m bench.sanitize --backends $backends --budget "$(within 300)"
 fi
 if wanted host; then
-    limited 60 "$python" -m bench.host_cost --out "$OUT"
+    for backend in $backends; do
+        limited 60 "$python" -m bench.host_cost --backend "$backend" --out "$OUT"
+    done
 fi
 if wanted peers; then
     limited 300 "$python" -m bench.run --suite gpu_peers --out "$OUT" --budget "$(within 150)" "$@"

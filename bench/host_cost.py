@@ -48,8 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--steps", type=int, default=20, help="of a contender in one round")
-    parser.add_argument("--out", type=Path, help="folder for host-cost-triton--<device>.json; none: print it")
-    parser.add_argument("--backend", default="triton", help="namespace suffix of the ops; eager: a dry run")
+    parser.add_argument("--out", type=Path, help="folder for host-cost-<backend>--<device>.json")
+    parser.add_argument("--backend", default="triton", help="cuda needs a GPU; eager: a dry run")
     parser.add_argument("--profile", nargs="?", const=OURS, metavar="CONTENDER", help="cProfile of one")
     parser.add_argument("--top", type=int, default=30, help="lines of the profile")
     options = parser.parse_args(arguments)
@@ -95,7 +95,7 @@ def _offline(device: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def _namespace(backend: str) -> str:
-    return f"dicekernels_{backend}"
+    return dispatch.BACKENDS[backend].namespace
 
 
 def contenders(device: str, backend: str = "triton") -> dict[str, Step]:
@@ -224,7 +224,8 @@ def summary(taken: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def described(found: dict[str, Any], device: str, options: argparse.Namespace) -> dict[str, Any]:
-    where = schema.describe("host-cost-triton", "", device, options.backend, threads=1, rounds=options.rounds)
+    suite = f"host-cost-{options.backend}"
+    where = schema.describe(suite, "", device, options.backend, threads=1, rounds=options.rounds)
     over = {name: found[OURS]["median"] - found[name]["median"] for name in (EMPTY, CUSTOM)}
     # Other processes slow both down alike, and with them the difference; the minima are disturbed least.
     over_of_minima = found[OURS]["min"] - found[EMPTY]["min"]

@@ -13,8 +13,8 @@ FAST_CLASSES, FAST_THREADS = 128, 128
 MOST_SHARED_BYTES = 99 * 1024
 SLOPE_BYTES = HIT_BYTES = 16
 CLASS_BYTES = 24
-# Of the other kernels: general_*.cuh has a thread a class above 128, finish.cu always the same number.
-GENERAL_THREADS, FINISH_THREADS = 128, 256
+# Of the other kernels: general_*.cuh has a thread a class, 128 at least, finish.cu always the same number.
+GENERAL_THREADS, FINISH_THREADS = 512, 256
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -153,7 +153,9 @@ def _fake_totals(logits: Tensor, *args: Any) -> Tensor:
     return logits.new_empty((*logits.shape[:2], rows.bit_count()), dtype=torch.float64)
 
 
-def _register(namespace: str, library: torch.library.Library) -> None:
+def define(namespace: str) -> None:
+    """The ops ``loss`` and ``totals`` of a namespace that ``ops.define`` has made."""
+
     def loss(*args: Any) -> tuple[Tensor, Tensor]:
         tensors, spec, dtype = _split(args)
         return ops.FusedLoss.forward(*(*tensors, spec, namespace, dtype))
@@ -180,6 +182,7 @@ def _register(namespace: str, library: torch.library.Library) -> None:
         "loss": (loss, _fake_loss, save_loss, back_from_loss),
         "totals": (totals, _fake_totals, save_totals, back_from_totals),
     }
+    library = ops.libraries[namespace]
     for name, (body, fake, save, back) in made.items():
         library.define(SCHEMAS[name])
         library.impl(name, body, "CompositeExplicitAutograd")
@@ -187,5 +190,5 @@ def _register(namespace: str, library: torch.library.Library) -> None:
         torch.library.register_autograd(f"{namespace}::{name}", back, setup_context=save, lib=library)
 
 
-for _namespace, _library in ops.libraries.items():
-    _register(_namespace, _library)
+for _namespace in ops.NAMESPACES:
+    define(_namespace)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from dicekernels import dispatch, ops
+from dicekernels import autograd, dispatch, ops
 
 NAMESPACE = "dicekernels_emulated"
 # Another build of it, with sanitizers (`make test-sanitize`).
@@ -32,6 +32,7 @@ def _can_run(device: str, dtype: torch.dtype, classes: int) -> str:
 def unavailable() -> str:
     """ "" or the reason why the emulated kernels cannot run here. Defines their ops."""
     ops.define(NAMESPACE)
+    autograd.define(NAMESPACE)
     if not LIBRARY.is_file():
         return f"{LIBRARY} not found; run `make build`"
     try:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +16,7 @@ from dicekernels.backends import gpus, native
 
 # Takes everything: what it says of GPUs is tested in test_triton_support.py.
 TRITON = dispatch.Backend("triton", "dicekernels_triton", lambda: "", lambda *facts: "")
+LIBRARY = native.library_path("cuda")
 LOGITS = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(1, 4, 8, 8, 8))
 
 
@@ -110,3 +115,33 @@ def test_logits_that_it_takes(change, reason, machine):
     machine()
     logits = SimpleNamespace(**vars(LOGITS) | change)
     assert dispatch.refusals(logits)["cuda"] == reason
+
+
+DRIVER = """
+#include <stdlib.h>
+int cuInit(unsigned flags) { abort(); }
+int cuDriverGetVersion(int *version) { *version = %d; return 0; }
+"""
+ASK = """
+import torch, dicekernels
+torch.ops.load_library({library!r})
+print(torch.ops.dicekernels.cuda_obstacle())
+print(torch.ops.dicekernels.cuda_architectures())
+"""
+
+
+@pytest.mark.skipif(not LIBRARY.is_file(), reason=f"{LIBRARY.name} was not built")
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc to make a driver with")
+@pytest.mark.parametrize(("version", "reason"), [(99000, ""), (11080, "the driver here supports CUDA 11")])
+def test_the_driver_is_asked_and_not_initialised(version, reason, tmp_path):
+    """After cuInit a process can neither fork nor choose its GPUs; an import must not do that."""
+    source = tmp_path / "driver.c"
+    source.write_text(DRIVER % version)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", source], check=True)
+    code = ASK.format(library=str(LIBRARY))
+    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    obstacle, architectures = done.stdout.splitlines()
+    assert reason in obstacle and bool(reason) == bool(obstacle)
+    assert any(gpus.runs_on(architectures, (major, 0)) for major in (8, 9, 10, 12))

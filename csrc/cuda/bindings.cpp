@@ -2,6 +2,7 @@
 // waits for the device. Schemas with shapes: dicekernels/ops.py.
 #if !defined(DK_EMULATED)
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #endif
 
 #include <string>
@@ -58,6 +59,7 @@ Tensor sums(const Tensor& logits, const Tensor& target, const std::optional<Tens
             bool dense, int64_t activation, int64_t overlap, int64_t voxel_term, int64_t rows,
             std::optional<int64_t> ignore_index, bool product_mask, double focal_gamma,
             int64_t first_class) {
+  check_is_here(logits, "logits");
   const DeviceGuard guard(logits.get_device_index());
   const Inputs in = inputs_on_device(logits, target, mask, dense, activation, overlap, voxel_term,
                                      rows, ignore_index, product_mask, focal_gamma, first_class);
@@ -76,6 +78,7 @@ Tensor sums_backward(const std::optional<Tensor>& grad_loss, const Tensor& logit
                      bool dense, int64_t activation, int64_t overlap, int64_t voxel_term,
                      int64_t rows, std::optional<int64_t> ignore_index, bool product_mask,
                      double focal_gamma, int64_t first_class) {
+  check_is_here(logits, "logits");
   const DeviceGuard guard(logits.get_device_index());
   const Inputs in = inputs_on_device(logits, target, mask, dense, activation, overlap, voxel_term,
                                      rows, ignore_index, product_mask, focal_gamma, first_class);
@@ -118,8 +121,12 @@ std::string architectures() {
 
 // "" or why no kernel can run here, whatever the GPU is.
 std::string obstacle() {
+  // Asked of the driver itself: the runtime would initialise it for that, and a process that
+  // imports this package could neither fork nor choose its GPUs any more.
   int driver = 0;
-  cudaDriverGetVersion(&driver);
+  if (void* library = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL))
+    if (void* symbol = dlsym(library, "cuDriverGetVersion"))
+      reinterpret_cast<int (*)(int*)>(symbol)(&driver);
   // A driver runs what was built with any toolkit of its own major version or an older one.
   if (driver / 1000 >= CUDART_VERSION / 1000) return "";
   return "the library was built with CUDA " + std::to_string(CUDART_VERSION / 1000) +

@@ -1,7 +1,10 @@
 // Which instance of a fast kernel a plan names. Every file of one dtype and pass instantiates its
 // own ones, so that they compile beside each other.
 #pragma once
+#include <map>
+#include <mutex>
 #include <type_traits>
+#include <utility>
 
 #include "device.h"
 #include "fast.h"
@@ -47,11 +50,20 @@ inline unsigned blocks_of(int64_t tasks) {
   return static_cast<unsigned>(tasks);
 }
 
-// More shared memory than 48 KiB has to be asked for, kernel by kernel.
+// More shared memory than 48 KiB has to be asked for, kernel by kernel and device by device. Never
+// less than before: another thread may be about to launch with that.
 template <class Kernel>
 void allow_shared(Kernel kernel, int bytes) {
-  if (bytes > 48 * 1024)
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (bytes <= 48 * 1024) return;
+  static std::mutex mutex;
+  static std::map<std::pair<Kernel, int>, int> allowed;
+  int device = 0;
+  cudaGetDevice(&device);
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& most = allowed[{kernel, device}];
+  if (bytes <= most) return;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  most = bytes;
 }
 
 }  // namespace cuda

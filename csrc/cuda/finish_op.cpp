@@ -114,6 +114,7 @@ std::tuple<Tensor, Tensor> finish_op(
     double smooth_dr, int64_t transform, double exponent, int64_t gdl_weight, int64_t skipped,
     bool batch, int64_t reduction, double label_smoothing, int64_t denominator,
     int64_t voxel_skipped, bool empty, ScalarType dtype) {
+  check_is_here(sums, "logits");
   const int32_t device = sums.get_device_index();
   const DeviceGuard guard(device);
   const int64_t samples = sums.size(0), classes = sums.size(2), width = row_count(rows);

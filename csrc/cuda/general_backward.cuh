@@ -126,10 +126,10 @@ __device__ T gradient_of(const Tile<T>& tile, int64_t c, int v) {
 constexpr int64_t kSpan = 4096;
 
 template <class T>
-__global__ void general_backward(const __grid_constant__ Problem problem,
-                                 const __grid_constant__ TilePlan plan, const double* coef,
-                                 const __grid_constant__ Grad grad,
-                                 const __grid_constant__ View gradient) {
+__global__ void __launch_bounds__(kMostTileThreads, 1)
+    general_backward(const __grid_constant__ Problem problem, const __grid_constant__ TilePlan plan,
+                     const double* coef, const __grid_constant__ Grad grad,
+                     const __grid_constant__ View gradient) {
   DK_DYNAMIC_SHARED(memory);
   Tile<T> tile(problem, plan, memory);
   const int64_t spans = (problem.voxels + kSpan - 1) / kSpan;

@@ -141,8 +141,9 @@ __device__ inline double over_block(double x, double* memory) {
 
 // A block takes a chunk of a sample. Each thread keeps the rows of one class.
 template <class T>
-__global__ void general_sums(const __grid_constant__ Problem problem,
-                             const __grid_constant__ TilePlan plan, double* slots) {
+__global__ void __launch_bounds__(kMostTileThreads, 1)
+    general_sums(const __grid_constant__ Problem problem, const __grid_constant__ TilePlan plan,
+                 double* slots) {
   DK_DYNAMIC_SHARED(memory);
   Tile<T> tile(problem, plan, memory);
   const int64_t chunks = chunk_count(problem.voxels), size = chunk_voxels(problem.voxels);

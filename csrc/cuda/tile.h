@@ -8,6 +8,7 @@ namespace cuda {
 
 constexpr int kTileBytes = 44 * 1024;
 constexpr int kMostTileBytes = 96 * 1024;  // what every architecture from sm_80 on can give
+constexpr int kMostTileThreads = 512;      // one a class
 constexpr int kVoxelRows = 8;              // values of one voxel beside its classes: tile.cuh
 
 constexpr int power_of_two_below(int64_t x) {

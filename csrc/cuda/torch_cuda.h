@@ -16,6 +16,17 @@ inline void check_cuda(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(false, what, ": CUDA error: ", cudaGetErrorString(error));
 }
 
+// One tensor of a GPU among the arguments is enough for the dispatcher to come here.
+inline void check_is_here(const torch::stable::Tensor& tensor, const char* name) {
+#if !defined(DK_EMULATED)
+  STD_TORCH_CHECK(tensor.is_cuda(), name,
+                  ": got a tensor on the CPU beside others on a GPU; move "
+                  "all of them to one device with .to(device)");
+#else
+  (void)tensor, (void)name;
+#endif
+}
+
 // After the launch of `kernel`: what can be known without waiting for it.
 inline void check_launch(const char* kernel) {
   check_cuda(cudaGetLastError(), kernel);
