@@ -27,8 +27,8 @@ struct FastSums {
   float* exchanged;
   unsigned char* staged;  // channels-last: of the tile
   int ce;
-  int*
-      bad;  // labels out of range of the run, in shared memory: a rare case should keep no register
+  // Labels out of range of the run, in shared memory: a rare case should keep no register.
+  int* bad;
   float fp[Held], neg[Held];
 
   __device__ FastSums(const Problem& problem_, const FastPlan& plan_, int first_class_,
