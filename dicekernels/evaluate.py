@@ -13,7 +13,7 @@ from torch import Tensor
 from . import dispatch
 from .autograd import fused_loss, total_sums
 from .backends import eager
-from .finish import finish
+from .finish import VolumeWeight, finish
 from .spec import FN, LossSpec, chunk_count, row_index, row_names
 
 # What explain() collects; None outside it.
@@ -89,6 +89,7 @@ class Call:
         dtype: of the loss.
         shape: of the loss; None keeps the shape of the op.
         missed: (B, C) that FN has beside the pass (MONAI's masked label maps), a constant.
+        volume_weight: class weights of the generalized Dice loss that a user's function makes of the volumes.
         notes: what happens outside the kernels (an activation of the user's, a copy), for ``explain``.
     """
 
@@ -104,6 +105,7 @@ class Call:
     voxel_lambda: Tensor | None = None
     shape: tuple[int, ...] | None = None
     missed: Tensor | None = None
+    volume_weight: VolumeWeight | None = None
     notes: tuple[str, ...] = ()
 
     def eager_reason(self) -> str:
@@ -147,10 +149,10 @@ class Call:
             forced = dispatch.forced_backend()
             if forced not in (None, "eager"):
                 raise RuntimeError(f"backend {forced!r} was forced, but {reason}; detach it or force 'eager'")
-        if self.missed is not None:
-            loss = self._run_with_missed(self.missed, weights, reason)
+        if self.missed is not None or self.volume_weight is not None:
+            loss = self._run_with_formula(weights, reason)
         elif reason:
-            loss = eager.loss(self.logits, self.target, self.mask, *weights, self.spec).to(self.dtype)
+            loss = eager.loss(self.logits, self.target, self.mask, *weights, self.spec, self.dtype)
         else:
             namespace = dispatch.choose(self.logits).namespace
             tensors: tuple[Tensor | None, ...] = (self.logits, self.target, self.mask, *weights)
@@ -159,7 +161,7 @@ class Call:
             loss = fused_loss(tensors, self.spec, namespace, self.dtype)
         return loss if self.shape is None else loss.reshape(self.shape)
 
-    def _run_with_missed(self, missed: Tensor, weights: _Weights, reason: str) -> Tensor:
+    def _run_with_formula(self, weights: _Weights, reason: str) -> Tensor:
         """The sums from the backend, the formula in PyTorch."""
         spec = self.spec
         if reason:
@@ -167,10 +169,12 @@ class Call:
         else:
             namespace = dispatch.choose(self.logits).namespace
             totals = total_sums(self.logits, self.target, self.mask, spec.sums, namespace)
-        row = torch.arange(totals.shape[-1], device=totals.device) == row_index(spec.sums.rows, FN)
-        totals = totals + missed[..., None] * row
+        if self.missed is not None:
+            row = torch.arange(totals.shape[-1], device=totals.device) == row_index(spec.sums.rows, FN)
+            totals = totals + self.missed[..., None] * row
         empty = self.logits.numel() == 0
-        return finish(totals, *weights, spec.sums.rows, spec.finish, empty).to(self.dtype)
+        rows, custom = spec.sums.rows, self.volume_weight
+        return finish(totals, *weights, rows, spec.finish, empty, self.dtype, custom)
 
     def explain(self) -> str:
         """Which backend runs it and why, and what it costs."""

@@ -143,7 +143,7 @@ def _eager_finish(
 ) -> tuple[Tensor, Tensor]:
     arguments = (sums.sum(1), class_weight, pos_weight, neg_weight, region_lambda, voxel_lambda, rows)
     spec, (empty, dtype) = finish_spec(args), args[-2:]
-    return formulas.finish(*arguments, spec, empty).to(dtype), formulas.coef(*arguments, spec, empty)
+    return formulas.finish(*arguments, spec, empty, dtype), formulas.coef(*arguments, spec, empty)
 
 
 def _eager_sums_backward(

@@ -33,10 +33,31 @@ struct Values {
 
 // As Tensor::to rounds: what is shorter than float goes through it.
 template <class T>
-void store_as(const std::vector<double>& values, Tensor& out) {
+T narrow(double value) {
   using Via = std::conditional_t<sizeof(T) < sizeof(float), float, T>;
+  return T(static_cast<Via>(value));
+}
+
+// The rounding of finish() for a loss of this dtype.
+struct Rounding {
+  torch::headeronly::ScalarType dtype;
+
+  double value(double x) const {
+    using S = torch::headeronly::ScalarType;
+    if (dtype == S::Float) return narrow<float>(x);
+    if (dtype == S::Half) return static_cast<float>(narrow<torch::headeronly::Half>(x));
+    if (dtype == S::BFloat16) return static_cast<float>(narrow<torch::headeronly::BFloat16>(x));
+    return x;
+  }
+  double factor(double x) const {
+    return dtype == torch::headeronly::ScalarType::Double ? x : narrow<float>(x);
+  }
+};
+
+template <class T>
+void store_as(const std::vector<double>& values, Tensor& out) {
   T* data = static_cast<T*>(out.mutable_data_ptr());
-  for (size_t at = 0; at < values.size(); ++at) data[at] = T(static_cast<Via>(values[at]));
+  for (size_t at = 0; at < values.size(); ++at) data[at] = narrow<T>(values[at]);
 }
 
 void store(const std::vector<double>& values, Tensor& out) {
@@ -115,7 +136,8 @@ std::tuple<Tensor, Tensor> finish_op(
                         region.data() ? *region.data() : 1,
                         voxel.data() ? *voxel.data() : 1,
                         static_cast<double*>(coef.mutable_data_ptr())};
-  finish(f, data, OneThread(), [&](int64_t at, double value) { values[at] = value; });
+  finish(
+      f, data, OneThread(), [&](int64_t at, double value) { values[at] = value; }, Rounding{dtype});
   store(values, loss);
   return {loss, coef};
 }

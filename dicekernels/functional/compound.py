@@ -14,7 +14,7 @@ from ..prepare import Inputs, OtherAct, like_input, prepare, warn_single_channel
 from ..spec import Denominator, LossSpec
 from ..terms import ce_term, dice_finish, focal_term, generalized_finish, overlap_call, overlap_of
 from .dense import ignores_fractions, or_dense
-from .focal import Alpha, focal_dense_reason, focal_factors, focal_loss, void_alpha
+from .focal import Alpha, focal_dense_reason, focal_factors, focal_loss, void_alpha, warn_constant
 from .overlap import dice_loss, generalized_dice_loss
 
 
@@ -136,12 +136,14 @@ def _with_focal(
     alpha: Alpha,
     weight: checks.Weight,
     use_softmax: bool,
-    ignores: bool,
+    by_voxels: bool,
+    softmax_over_all: bool,
 ) -> Call:
     """The focal half added to the pass of the overlap half."""
+    warn_constant(inputs.logits.shape[1], inputs.skipped, use_softmax, softmax_over_all)
     if void_alpha(alpha, not inputs.skipped, use_softmax):
         alpha = None
-    term = focal_term(inputs, reduction, gamma, use_softmax, ignores)
+    term = focal_term(inputs, reduction, gamma, use_softmax, by_voxels, softmax_over_all)
     sums = dataclasses.replace(
         overlap.spec.sums,
         rows=overlap.spec.sums.rows | term.sums.rows,
@@ -184,6 +186,8 @@ def dice_focal_loss(
     use_softmax: bool = False,
     soft_label: bool = False,
     ignore_index: int | None = None,
+    mean_over_classes: bool = True,
+    softmax_over_all: bool = True,
     mask: Tensor | None = None,
     dice_weight: checks.Weight | str = "weight",
 ) -> Tensor:
@@ -191,8 +195,9 @@ def dice_focal_loss(
 
     Options as ``monai.losses.DiceFocalLoss``: the focal half is that of sigmoids, also beside a Dice half
     with softmax, unless ``use_softmax``. ``weight`` goes to both halves unless ``dice_weight`` says
-    otherwise (None: no weight). ``soft_label``, ``ignore_index`` and ``mask`` as in :func:`dice_loss` and
-    :func:`focal_loss`; a lambda as in :func:`dice_ce_loss`.
+    otherwise (None: no weight). ``soft_label``, ``ignore_index``, ``mean_over_classes``, ``softmax_over_all``
+    and ``mask`` as in :func:`dice_loss` and :func:`focal_loss`; a lambda as in :func:`dice_ce_loss`. The
+    value is the sum of the two halves, each rounded to the dtype of the loss, to the last bit.
 
     Returns:
         () for reduction "mean" and "sum"; for "none" the Dice terms beside the focal map (B, K, *S).
@@ -211,7 +216,12 @@ def dice_focal_loss(
         "ignore_index": ignore_index,
         "mask": mask,
     }
-    balance: dict[str, Any] = {"alpha": alpha, "use_softmax": use_softmax}
+    balance: dict[str, Any] = {
+        "alpha": alpha,
+        "use_softmax": use_softmax,
+        "mean_over_classes": mean_over_classes,
+        "softmax_over_all": softmax_over_all,
+    }
     if _two_passes(logits, target, other_act, focal | balance):
         if to_onehot_y and logits.shape[1] == 1:
             warn_single_channel("to_onehot_y=True")
@@ -249,7 +259,10 @@ def dice_focal_loss(
     finish = dice_finish(inputs, jaccard, smooth_nr, smooth_dr, batch, reduction)
     call = overlap_call(inputs, overlap_of(squared_pred, soft_label), finish)
     call.class_weight = checks.class_weight(checks.as_weight(dice_weight), inputs.classes)
-    call = _with_focal(call, inputs, reduction, gamma, alpha, weight, use_softmax, ignore_index is not None)
+    by_voxels = ignore_index is not None and not mean_over_classes
+    call = _with_focal(
+        call, inputs, reduction, gamma, alpha, weight, use_softmax, by_voxels, softmax_over_all
+    )
     call.region_lambda, call.voxel_lambda = region_lambda, voxel_lambda
     return like_input(call.run(), logits, target)
 
@@ -277,6 +290,8 @@ def generalized_dice_focal_loss(
     use_softmax: bool = False,
     soft_label: bool = False,
     ignore_index: int | None = None,
+    mean_over_classes: bool = True,
+    softmax_over_all: bool = True,
     mask: Tensor | None = None,
 ) -> Tensor:
     """lambda_gdl x generalized Dice loss + lambda_focal x focal loss, from one pass.
@@ -299,7 +314,12 @@ def generalized_dice_focal_loss(
         "ignore_index": ignore_index,
         "mask": mask,
     }
-    balance: dict[str, Any] = {"alpha": alpha, "use_softmax": use_softmax}
+    balance: dict[str, Any] = {
+        "alpha": alpha,
+        "use_softmax": use_softmax,
+        "mean_over_classes": mean_over_classes,
+        "softmax_over_all": softmax_over_all,
+    }
     if _two_passes(logits, target, other_act, focal | balance):
         gdl = generalized_dice_loss(
             _unrounded(logits, reduction),
@@ -334,6 +354,9 @@ def generalized_dice_focal_loss(
             warn_single_channel("include_background=False")
     finish = generalized_finish(inputs, w_type, smooth_nr, smooth_dr, batch, reduction)
     call = overlap_call(inputs, overlap_of(False, soft_label), finish)
-    call = _with_focal(call, inputs, reduction, gamma, alpha, weight, use_softmax, ignore_index is not None)
+    by_voxels = ignore_index is not None and not mean_over_classes
+    call = _with_focal(
+        call, inputs, reduction, gamma, alpha, weight, use_softmax, by_voxels, softmax_over_all
+    )
     call.region_lambda, call.voxel_lambda = region_lambda, voxel_lambda
     return like_input(call.run(), logits, target)

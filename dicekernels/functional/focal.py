@@ -63,6 +63,21 @@ def void_alpha(alpha: Alpha, include_background: bool, use_softmax: bool) -> boo
     return True
 
 
+def warn_constant(channels: int, skipped: int, use_softmax: bool, softmax_over_all: bool) -> None:
+    """A warning about the softmax of a single class, which is 1 whatever the logits are."""
+    left = channels - (0 if softmax_over_all else skipped)
+    if use_softmax and left == 1 and not torch.compiler.is_compiling():
+        remedy = "use a sigmoid (use_softmax=False)"
+        if channels > 1:
+            remedy = "pass softmax_over_all=True, which leaves out the background's term alone, or " + remedy
+        warnings.warn(
+            f"use_softmax=True: got {channels} channels of logits and a softmax over one of them, so the "
+            f"focal term is 0 with zero gradient; {remedy}",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
 @or_dense(reference.focal_loss, focal_dense_reason)
 def focal_loss(
     logits: Tensor,
@@ -76,13 +91,18 @@ def focal_loss(
     reduction: str = "mean",
     use_softmax: bool = False,
     ignore_index: int | None = None,
+    mean_over_classes: bool = False,
+    softmax_over_all: bool = False,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Focal loss (1 - p_t)^gamma (-log p_t) of each voxel and class (Lin et al., 2017).
 
     Options as ``monai.losses.FocalLoss``: p by a sigmoid, or a softmax with ``use_softmax``. "mean" divides
-    by voxels and classes; with ``ignore_index`` by the voxels that count alone, as MONAI. "sum" adds the
-    spatial means up. ``mask`` weighs voxels, in the denominators too.
+    by voxels and classes; with ``ignore_index`` by the voxels that count alone, as MONAI, unless
+    ``mean_over_classes``: then ignored is the same as cropped. "sum" adds the spatial means up. Without
+    background the softmax runs over the other classes, as MONAI's (of two classes it is 1 and the loss 0,
+    with a warning), or with ``softmax_over_all`` over all of them, the background's term left out.
+    ``mask`` weighs voxels, in the denominators too.
 
     Returns:
         float32 for every dtype of the logits, as MONAI (float64 where an ignored class is one of fractions
@@ -111,9 +131,11 @@ def focal_loss(
         # MONAI multiplies the logits by this mask: no matter for zeros and ones.
         inputs.logits, inputs.target = inputs.logits * inputs.mask, inputs.target * inputs.mask
         inputs.notes += ("logits and target are multiplied by the fractions of the ignored class",)
+    warn_constant(logits.shape[1], inputs.skipped, use_softmax, softmax_over_all)
     balance = checks.focal_alpha(alpha, inputs.classes)
+    by_voxels = ignore_index is not None and not mean_over_classes
     spec = focal_term(
-        inputs, getattr(reduction, "value", reduction), gamma, use_softmax, ignore_index is not None
+        inputs, getattr(reduction, "value", reduction), gamma, use_softmax, by_voxels, softmax_over_all
     )
     call = Call(inputs.logits, inputs.target, inputs.mask, spec, dtype, notes=inputs.notes)
     factor = checks.focal_weight(checks.as_weight(weight), inputs.classes)

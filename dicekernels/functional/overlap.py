@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, reference
+from ..finish import VolumeWeight
 from ..prepare import OtherAct, like_input, prepare
 from ..spec import FinishSpec, Formula, Overlap, Reduction, Transform
 from ..terms import (
@@ -81,6 +82,7 @@ def generalized_dice_loss(
     softmax: bool = False,
     other_act: OtherAct = None,
     w_type: str = "square",
+    w_func: VolumeWeight | None = None,
     reduction: str = "mean",
     smooth_nr: float = 1e-5,
     smooth_dr: float = 1e-5,
@@ -93,6 +95,8 @@ def generalized_dice_loss(
 
     Options as ``monai.losses.GeneralizedDiceLoss``; ``ignore_index`` as in :func:`dice_loss`,
     ``mask`` weighs voxels. A class without a voxel gets the largest finite weight of the sample.
+    ``w_func``, in place of ``w_type``, makes weights of volumes, float32 (B, K) or, with ``batch``, (K,); the
+    sums still come from the kernels.
 
     Returns:
         () for reduction "mean" and "sum"; for "none" (B, 1, 1, ..) or, with ``batch``, (1, 1, ..).
@@ -111,6 +115,7 @@ def generalized_dice_loss(
     finish = generalized_finish(inputs, w_type, smooth_nr, smooth_dr, batch, reduction)
     call = overlap_call(inputs, overlap_of(False, soft_label), finish)
     call.dtype = torch.promote_types(call.dtype, torch.float32)  # MONAI's weights are float32
+    call.volume_weight = w_func
     if finish.reduction == Reduction.NONE:
         call.shape = (1, *ones_shape(inputs)) if batch else (logits.shape[0], 1, *ones_shape(inputs))
     return like_input(call.run(), logits, target)

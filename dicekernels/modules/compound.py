@@ -12,10 +12,15 @@ from torch import Tensor, nn
 
 from .. import checks, functional
 from ..evaluate import record_line
-from .halves import TwoHalves
+from ..overrides import overridden, remember
+from .halves import TwoHalves, bent
 from .overlap import DiceLoss
 
+for _half in (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss):
+    remember("forward")(_half)
 
+
+@remember("forward", "ce", "bce")
 class DiceCELoss(TwoHalves):
     """``monai.losses.DiceCELoss`` from one pass over the logits.
 
@@ -24,15 +29,16 @@ class DiceCELoss(TwoHalves):
     in their place, hooks on them, an overridden ``ce``, reductions that differ, an ``ignore_index`` of one
     half) makes it the sum of the two halves, as in MONAI; ``explain`` says so.
 
-    ``lambda_dice`` and ``lambda_ce`` may change every step: numbers live in 0-dim buffers, so that a
-    warm-up recompiles nothing, and tensors that require a gradient get it. Extras: ``ignore_index``,
-    ``soft_label``, ``ce_include_background`` (``functional.dice_ce_loss``), ``weight`` as a sequence.
+    ``lambda_dice`` and ``lambda_ce`` are plain attributes, numbers, 0-dim tensors or Parameters. They may
+    change every step: a warm-up recompiles nothing, and tensors that require a gradient get it. Extras:
+    ``ignore_index``, ``soft_label``, ``ce_include_background`` (``functional.dice_ce_loss``), ``weight`` as a
+    sequence.
 
     Raises:
         TypeError, ValueError: as MONAI, for options that do not fit together.
     """
 
-    FACTORS: ClassVar[dict[str, str]] = {"lambda_dice": "_lambda_dice", "lambda_ce": "_lambda_ce"}
+    FACTORS: ClassVar[tuple[str, ...]] = ("lambda_dice", "lambda_ce")
     lambda_dice: float | Tensor
     lambda_ce: float | Tensor
 
@@ -105,16 +111,19 @@ class DiceCELoss(TwoHalves):
         loss: Tensor = self.binary_cross_entropy(input, target)
         return loss
 
-    def _apart_reason(self, binary: bool) -> str:
-        """Why the halves cannot share one pass, or ""."""
-        halves = (self.dice, self.cross_entropy, self.binary_cross_entropy)
-        ours = (DiceLoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)
-        if any(type(half) is not kind for half, kind in zip(halves, ours, strict=True)):
-            return "a half is another module"
-        if type(self).ce is not DiceCELoss.ce or type(self).bce is not DiceCELoss.bce:
-            return "ce or bce is overridden"
-        if checks.hooked(*halves):
-            return "a half has hooks"
+    def apart_reason(self, binary: bool) -> str:
+        halves = (
+            (self.dice, DiceLoss),
+            (self.cross_entropy, nn.CrossEntropyLoss),
+            (self.binary_cross_entropy, nn.BCEWithLogitsLoss),
+        )
+        for half, kind in halves:
+            reason = bent(half, kind)
+            if reason:
+                return reason
+        for name in overridden(self, DiceCELoss):
+            if name != "forward":
+                return f"{name} is overridden"
         voxel: nn.CrossEntropyLoss | nn.BCEWithLogitsLoss = (
             self.binary_cross_entropy if binary else self.cross_entropy
         )
@@ -131,7 +140,7 @@ class DiceCELoss(TwoHalves):
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.dice_ce_loss`` with the options of this module."""
         binary = isinstance(input, Tensor) and input.ndim > 1 and input.shape[1] == 1
-        reason = self._apart_reason(binary)
+        reason = self.apart_reason(binary)
         if reason:
             return self._apart(input, target, mask, binary, reason)
         dice = self.dice

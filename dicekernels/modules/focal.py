@@ -12,12 +12,14 @@ from torch.nn.modules.loss import _Loss
 from .. import checks, functional
 from ..evaluate import record_line
 from ..functional.focal import Alpha
+from ..overrides import remember
 from ..prepare import dense_labels
 from ..scripting import scriptable
-from .halves import TwoHalves
+from .halves import TwoHalves, bent
 from .overlap import DiceLoss, GeneralizedDiceLoss
 
 
+@remember("forward")
 class FocalLoss(_Loss):
     """``monai.losses.FocalLoss``; float32 for every dtype of the logits, as there.
 
@@ -37,6 +39,9 @@ class FocalLoss(_Loss):
         reduction: str = "mean",
         use_softmax: bool = False,
         ignore_index: int | None = None,
+        *,
+        mean_over_classes: bool = False,
+        softmax_over_all: bool = False,
     ) -> None:
         super().__init__(reduction=checks.option("reduction", reduction, ("mean", "sum", "none")))
         self.include_background = include_background
@@ -50,6 +55,8 @@ class FocalLoss(_Loss):
         self.register_buffer("class_weight", checks.as_weight(weight))
         self.class_weight: Tensor | None  # not in the class: TorchScript would read it there
         self.ignore_index = ignore_index
+        self.mean_over_classes = mean_over_classes
+        self.softmax_over_all = softmax_over_all
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles in place of this module."""
@@ -68,16 +75,17 @@ class FocalLoss(_Loss):
             reduction=self.reduction,
             use_softmax=self.use_softmax,
             ignore_index=self.ignore_index,
+            mean_over_classes=self.mean_over_classes,
+            softmax_over_all=self.softmax_over_all,
             mask=mask,
         )
 
 
-def _apart_reason(overlap: DiceLoss | GeneralizedDiceLoss, kind: type, focal: FocalLoss) -> str:
+def _apart_reason(overlap: DiceLoss | GeneralizedDiceLoss, kind: type[nn.Module], focal: FocalLoss) -> str:
     """Why the halves cannot share one pass, or ""."""
-    if type(overlap) is not kind or type(focal) is not FocalLoss:
-        return "a half is another module"
-    if checks.hooked(overlap, focal):
-        return "a half has hooks"
+    reason = bent(overlap, kind) or bent(focal, FocalLoss)
+    if reason:
+        return reason
     if overlap.reduction != focal.reduction:
         return "the reductions of the halves differ"
     for name in ("include_background", "to_onehot_y", "ignore_index"):
@@ -88,6 +96,7 @@ def _apart_reason(overlap: DiceLoss | GeneralizedDiceLoss, kind: type, focal: Fo
     return ""
 
 
+@remember("forward")
 class DiceFocalLoss(TwoHalves):
     """``monai.losses.DiceFocalLoss`` from one pass over the logits.
 
@@ -101,7 +110,7 @@ class DiceFocalLoss(TwoHalves):
         TypeError, ValueError: as MONAI, for options that do not fit together.
     """
 
-    FACTORS: ClassVar[dict[str, str]] = {"lambda_dice": "_lambda_dice", "lambda_focal": "_lambda_focal"}
+    FACTORS: ClassVar[tuple[str, ...]] = ("lambda_dice", "lambda_focal")
     lambda_dice: float | Tensor
     lambda_focal: float | Tensor
 
@@ -152,17 +161,21 @@ class DiceFocalLoss(TwoHalves):
             reduction=reduction,
             use_softmax=use_softmax,
             ignore_index=ignore_index,
+            mean_over_classes=True,
+            softmax_over_all=True,
         )
         self.lambda_dice = lambda_dice
         self.lambda_focal = lambda_focal
         self.to_onehot_y = to_onehot_y
 
+    def apart_reason(self, binary: bool) -> str:
+        reason = _apart_reason(self.dice, DiceLoss, self.focal)
+        return reason or ("a half has an option of its own" if self.dice.to_onehot_y else "")
+
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.dice_focal_loss`` with the options of this module."""
         dice, focal = self.dice, self.focal
-        reason = _apart_reason(dice, DiceLoss, focal)
-        if not reason and dice.to_onehot_y:
-            reason = "a half has an option of its own"
+        reason = self.apart_reason(False)
         if reason:
             checks.tensors(input, target, mask)
             checks.dice_ce_shapes(input, target)
@@ -196,10 +209,13 @@ class DiceFocalLoss(TwoHalves):
             use_softmax=focal.use_softmax,
             soft_label=dice.soft_label,
             ignore_index=dice.ignore_index,
+            mean_over_classes=focal.mean_over_classes,
+            softmax_over_all=focal.softmax_over_all,
             mask=mask,
         )
 
 
+@remember("forward")
 class GeneralizedDiceFocalLoss(TwoHalves):
     """``monai.losses.GeneralizedDiceFocalLoss`` from one pass over the logits.
 
@@ -210,7 +226,7 @@ class GeneralizedDiceFocalLoss(TwoHalves):
         TypeError, ValueError: as MONAI, for options that do not fit together.
     """
 
-    FACTORS: ClassVar[dict[str, str]] = {"lambda_gdl": "_lambda_gdl", "lambda_focal": "_lambda_focal"}
+    FACTORS: ClassVar[tuple[str, ...]] = ("lambda_gdl", "lambda_focal")
     lambda_gdl: float | Tensor
     lambda_focal: float | Tensor
 
@@ -260,14 +276,19 @@ class GeneralizedDiceFocalLoss(TwoHalves):
             reduction=reduction,
             use_softmax=use_softmax,
             ignore_index=ignore_index,
+            mean_over_classes=True,
+            softmax_over_all=True,
         )
         self.lambda_gdl = lambda_gdl
         self.lambda_focal = lambda_focal
 
+    def apart_reason(self, binary: bool) -> str:
+        return _apart_reason(self.generalized_dice, GeneralizedDiceLoss, self.focal)
+
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.generalized_dice_focal_loss`` with the options of this module."""
         gdl, focal = self.generalized_dice, self.focal
-        reason = _apart_reason(gdl, GeneralizedDiceLoss, focal)
+        reason = self.apart_reason(False)
         if reason:
             checks.tensors(input, target, mask)
             checks.dice_ce_shapes(input, target)
@@ -297,5 +318,7 @@ class GeneralizedDiceFocalLoss(TwoHalves):
             use_softmax=focal.use_softmax,
             soft_label=gdl.soft_label,
             ignore_index=gdl.ignore_index,
+            mean_over_classes=focal.mean_over_classes,
+            softmax_over_all=focal.softmax_over_all,
             mask=mask,
         )

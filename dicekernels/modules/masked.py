@@ -7,9 +7,14 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .. import checks, functional
+from ..overrides import refuse, remember
 from .overlap import DiceLoss
 
+# Options of DiceLoss that MaskedDiceLoss has not, and their values.
+_FIXED = {"sigmoid": False, "softmax": False, "other_act": None, "ignore_index": None, "log_loss": False}
 
+
+@remember("forward")
 class MaskedDiceLoss(DiceLoss):
     """``monai.losses.MaskedDiceLoss``: ``forward(input, target, mask)`` multiplies both by the mask.
 
@@ -59,7 +64,18 @@ class MaskedDiceLoss(DiceLoss):
 
         Args:
             mask: (B, 1, *S) or (1, 1, *S); None masks nothing, with a warning.
+
+        Raises:
+            NotImplementedError: MONAI's ``spatial_weighted`` was set.
+            ValueError: an option of ``DiceLoss`` was set that this loss has not.
         """
+        refuse(self, ("spatial_weighted",), "wrap a DiceLoss in a MaskedLoss of your own")
+        for name, value in _FIXED.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"MaskedDiceLoss.{name}: got {getattr(self, name)!r}, expected {value!r}; the activation "
+                    "is that of pre_sigmoid, pre_softmax and pre_other_act, the rest is DiceLoss's alone"
+                )
         return functional.masked_dice_loss(
             input,
             target,

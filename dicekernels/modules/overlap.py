@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
 from .. import checks, functional
+from ..overrides import overridden, remember
 from ..prepare import OtherAct
 from ..scripting import scriptable
 
@@ -63,6 +65,7 @@ class _OverlapLoss(_Loss):
         }
 
 
+@remember("forward")
 class DiceLoss(_OverlapLoss):
     """``monai.losses.DiceLoss``; ``log_loss`` is -log(score) in place of 1 - score.
 
@@ -124,6 +127,7 @@ class DiceLoss(_OverlapLoss):
         )
 
 
+@remember("forward", "w_func")
 class GeneralizedDiceLoss(_OverlapLoss):
     """``monai.losses.GeneralizedDiceLoss``, with ``ignore_index``.
 
@@ -164,11 +168,23 @@ class GeneralizedDiceLoss(_OverlapLoss):
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.generalized_dice_loss`` with the options of this module."""
+        w_func = self.w_func if "w_func" in overridden(self, GeneralizedDiceLoss) else None
         return functional.generalized_dice_loss(
-            input, target, w_type=self.w_type, mask=mask, **self._options()
+            input, target, w_type=self.w_type, w_func=w_func, mask=mask, **self._options()
         )
 
+    def w_func(self, grnd: Tensor) -> Tensor:
+        """Class weights of the volumes sum g, float32 (B, K) or, with ``batch``, (K,).
 
+        A subclass may override it, and only then it is called. An infinite weight becomes the largest finite
+        one of its sample.
+        """
+        if self.w_type == "uniform":
+            return torch.ones_like(grnd)
+        return torch.reciprocal(grnd * grnd if self.w_type == "square" else grnd)
+
+
+@remember("forward")
 class TverskyLoss(_OverlapLoss):
     """``monai.losses.TverskyLoss``; ``gamma`` makes it the focal Tversky loss.
 
@@ -226,6 +242,7 @@ class TverskyLoss(_OverlapLoss):
         )
 
 
+@remember("forward")
 class MCCLoss(_Loss):
     """``monai.losses.MCCLoss``, 1 - Matthews' correlation coefficient, with ``ignore_index``.
 

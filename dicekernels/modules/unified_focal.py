@@ -7,6 +7,7 @@ from torch.nn.modules.loss import _Loss
 
 from .. import checks
 from ..functional.unified_focal import Half, two_halves_loss
+from ..overrides import remember
 from ..scripting import scriptable
 
 
@@ -26,7 +27,13 @@ class _HalfSettings(_Loss):
 
         Raises:
             ValueError: an option was changed that only gamma, delta and epsilon may be.
+            NotImplementedError: its forward was overridden.
         """
+        if type(self).forward is not _Loss.forward or "forward" in self.__dict__ or checks.hooked(self):
+            raise NotImplementedError(
+                f"{name}: got a forward or hooks of its own, which the loss does not call, so that they "
+                "would change nothing; derive from MONAI's class"
+            )
         if self.to_onehot_y or self.ignore_index is not None or self.reduction != "mean":
             raise ValueError(
                 f"{name}: got to_onehot_y={self.to_onehot_y}, ignore_index={self.ignore_index}, "
@@ -35,6 +42,7 @@ class _HalfSettings(_Loss):
         return Half(*(checks.constant(key, getattr(self, key)) for key in ("gamma", "delta", "epsilon")))
 
 
+@remember("forward")
 class AsymmetricUnifiedFocalLoss(_Loss):
     """``monai.losses.AsymmetricUnifiedFocalLoss``, with voxel weights.
 
@@ -74,6 +82,12 @@ class AsymmetricUnifiedFocalLoss(_Loss):
 
     def forward(self, y_pred: Tensor, y_true: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.asymmetric_unified_focal_loss`` with the options of this module."""
+        for name in ("asy_focal_loss", "asy_focal_tversky_loss"):
+            if not isinstance(getattr(self, name), _HalfSettings):
+                raise NotImplementedError(
+                    f"{name}: got a {type(getattr(self, name)).__name__}, expected that of the constructor, "
+                    "whose gamma, delta and epsilon count; for another half derive from MONAI's class"
+                )
         return two_halves_loss(
             y_pred,
             y_true,

@@ -10,9 +10,19 @@ from torch.nn.modules.loss import _Loss
 
 from .. import checks
 from ..functional.wasserstein import MODES, normalised, normalised_wasserstein_dice_loss
+from ..overrides import refuse, remember
 from ..scripting import scriptable
 
+# MONAI's steps of the dense formula.
+_STEPS = (
+    "wasserstein_distance_map",
+    "_compute_alpha_generalized_true_positives",
+    "_compute_denominator",
+    "_compute_generalized_true_positive",
+)
 
+
+@remember("forward")
 class GeneralizedWassersteinDiceLoss(_Loss):
     """``monai.losses.GeneralizedWassersteinDiceLoss``, with ``ignore_index`` and voxel weights.
 
@@ -50,7 +60,12 @@ class GeneralizedWassersteinDiceLoss(_Loss):
         return scriptable(self)
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """``functional.generalized_wasserstein_dice_loss`` with the options of this module."""
+        """``functional.generalized_wasserstein_dice_loss`` with the options of this module.
+
+        Raises:
+            NotImplementedError: one of MONAI's steps of the formula was overridden.
+        """
+        refuse(self, _STEPS, "change dist_matrix, or derive from MONAI's class")
         return normalised_wasserstein_dice_loss(
             input,
             target,

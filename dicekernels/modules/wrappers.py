@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
 from .. import checks
+from ..overrides import remember
 from ..prepare import kernel_dtype, like_input, plain
 from ..scripting import scriptable
 from .compound import DiceCELoss
 from .focal import DiceFocalLoss, FocalLoss, GeneralizedDiceFocalLoss
+from .halves import TwoHalves
 from .overlap import DiceLoss, GeneralizedDiceLoss, MCCLoss, TverskyLoss
 
 # Losses whose kernels read half precision and add up in float32.
@@ -38,6 +40,7 @@ HALVES = (torch.float16, torch.bfloat16)
 PICKS = ("nearest-exact", "nearest")
 
 
+@remember("forward", "get_loss", "get_weights")
 class DeepSupervisionLoss(_Loss):
     """``monai.losses.DeepSupervisionLoss``: sum over levels of weight times loss.
 
@@ -127,6 +130,7 @@ class DeepSupervisionLoss(_Loss):
         return total.float()
 
 
+@remember("forward")
 class MaskedLoss(_Loss):
     """``monai.losses.MaskedLoss``: the loss of ``input * mask`` and ``target * mask``.
 
@@ -201,10 +205,7 @@ def _reads_half(loss: Callable[..., Tensor], output: Tensor) -> bool:
     if type(loss) not in READS_HALF or output.ndim < 3:
         return False
     assert isinstance(loss, nn.Module)
-    if isinstance(loss, DiceCELoss):
-        if loss._apart_reason(output.shape[1] == 1):
-            return False
-    elif any(type(half) not in READS_HALF for half in loss.children()):
+    if isinstance(loss, TwoHalves) and loss.apart_reason(output.shape[1] == 1):
         return False
     # An activation or hooks of the user's see the output itself.
     return not any(

@@ -115,6 +115,8 @@ def dice_focal_loss(
     use_softmax: bool = False,
     soft_label: bool = False,
     ignore_index: int | None = None,
+    mean_over_classes: bool = True,
+    softmax_over_all: bool = True,
     mask: Tensor | None = None,
     dice_weight: ClassWeight | str = "weight",
 ) -> Tensor:
@@ -153,6 +155,8 @@ def dice_focal_loss(
         reduction=reduction,
         use_softmax=use_softmax,
         ignore_index=ignore_index,
+        mean_over_classes=mean_over_classes,
+        softmax_over_all=softmax_over_all,
         mask=mask,
     )
     return lambda_dice * dice + lambda_focal * focal
@@ -180,6 +184,8 @@ def generalized_dice_focal_loss(
     use_softmax: bool = False,
     soft_label: bool = False,
     ignore_index: int | None = None,
+    mean_over_classes: bool = True,
+    softmax_over_all: bool = True,
     mask: Tensor | None = None,
 ) -> Tensor:
     """lambda_gdl * generalized Dice + lambda_focal * focal loss of the raw logits.
@@ -214,6 +220,8 @@ def generalized_dice_focal_loss(
         reduction=reduction,
         use_softmax=use_softmax,
         ignore_index=ignore_index,
+        mean_over_classes=mean_over_classes,
+        softmax_over_all=softmax_over_all,
         mask=mask,
     )
     return lambda_gdl * gdl + lambda_focal * focal

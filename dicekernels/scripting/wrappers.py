@@ -17,7 +17,6 @@ from .twin import Twin
 class DeepSupervision(Twin):
     """``DeepSupervisionLoss``; ``input`` is a list of tensors or one tensor."""
 
-    METHODS: ClassVar[tuple[str, ...]] = ("get_loss", "get_weights")
     __constants__: ClassVar[tuple[str, ...]] = ("has_act", "takes_mask")
 
     if TYPE_CHECKING:
