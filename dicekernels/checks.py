@@ -57,11 +57,7 @@ def tensors(logits: Any, target: Any, mask: Any) -> None:
             raise TypeError(
                 f"{name}: got {type(value).__name__}, expected a torch.Tensor; wrap it in torch.as_tensor"
             )
-        if value.device != logits.device:
-            raise ValueError(
-                f"{name}: got a tensor on {value.device}, expected it on {logits.device} as the logits; "
-                f"move it with {name}.to(logits.device)"
-            )
+        one_device((name,), (value,), "logits", logits.device)
     if logits.ndim < 2:
         raise IndexError(f"logits: got shape {tuple(logits.shape)}, expected (B, C, *spatial)")
     if logits.shape[1] == 0:
@@ -104,6 +100,48 @@ def non_negative(name: str, value: float) -> None:
 def as_weight(weight: Weight) -> Tensor | None:
     """A weight given as number, sequence or tensor; a tensor is shared, not copied."""
     return None if weight is None else torch.as_tensor(weight)
+
+
+def placed(name: str, value: Weight, device: torch.device) -> Tensor | None:
+    """Numbers of a loss as a tensor beside the logits: those of the CPU are copied to another device.
+
+    Raises:
+        ValueError: a tensor of another device.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        return torch.as_tensor(value, device=device)
+    if value.device.type == "cpu":
+        return value.to(device)
+    one_device((name,), (value,), "logits", device)
+    return value
+
+
+def one_device(
+    names: Sequence[str],
+    tensors: Sequence[Tensor | None],
+    first: str,
+    device: torch.device,
+    by_value: Sequence[str] = (),
+) -> None:
+    """Every tensor on ``device``, that of the tensor called ``first``.
+
+    Args:
+        by_value: names of those that may also be 0-dim on the CPU.
+
+    Raises:
+        ValueError: one is elsewhere.
+    """
+    for name, tensor in zip(names, tensors, strict=False):
+        if tensor is None or tensor.device == device:
+            continue
+        if name in by_value and tensor.ndim == 0 and tensor.device.type == "cpu":
+            continue
+        raise ValueError(
+            f"{name}: got a tensor on {tensor.device}, expected it on {device} as the {first}; "
+            f"move it with {name}.to({first}.device)"
+        )
 
 
 # By identity: the keys of a plain weak dictionary are compared with ==, which tensors answer elementwise.
@@ -172,7 +210,9 @@ def focal_weight(weight: Tensor | None, classes: int) -> Tensor | None:
     return weight
 
 
-def focal_alpha(alpha: float | Sequence[float] | Tensor | None, classes: int) -> Tensor | float | None:
+def focal_alpha(
+    alpha: float | Sequence[float] | Tensor | None, classes: int, device: torch.device
+) -> Tensor | float | None:
     """The balance of the focal term: one number, or a tensor with one for each of ``classes``.
 
     Raises:
@@ -180,7 +220,8 @@ def focal_alpha(alpha: float | Sequence[float] | Tensor | None, classes: int) ->
     """
     if alpha is None or isinstance(alpha, (float, int)):
         return alpha
-    alpha = torch.as_tensor(alpha)
+    alpha = placed("alpha", alpha, device)
+    assert alpha is not None
     if alpha.ndim > 0 and alpha.shape[0] != classes:
         raise ValueError(
             f"The length of alpha ({alpha.shape[0]}) must match the number of classes ({classes}): "
@@ -238,17 +279,19 @@ def factor(name: str, value: float | Tensor, logits: Tensor) -> Tensor | None:
     is, and a copy would wait for the device.
 
     Raises:
-        ValueError: a number below zero, or a tensor with more than one value.
+        ValueError: a number below zero, or a tensor with more than one value or of another device.
     """
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: got {value.numel()} values, expected one number")
+        if value.device.type != "cpu":
+            one_device((name,), (value,), "logits", logits.device)
         # A graph that Inductor captures would keep the value that a tensor of the CPU has then.
         stays = value.device.type == "cpu" and not torch.compiler.is_compiling()
         device = value.device if stays else logits.device
         return value.reshape(()).to(device=device, dtype=torch.float64)
     non_negative(name, value)
-    return None if value == 1.0 else torch.tensor(value, dtype=torch.float64)
+    return None if value == 1.0 else torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def region_options(

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import checks
 from . import finish as formulas
 from .backends import eager, native
 from .backends.eager import LabelRangeError
@@ -223,6 +225,25 @@ def _triton_sums_backward(
     return gradient
 
 
+def on_one_device(schema: str, body: Callable[..., Any]) -> Callable[..., Any]:
+    """``body`` of an op after the check that its tensors are on one device.
+
+    The dispatcher goes by all of the tensors of a call: one on "meta" makes it take the fake, one on a GPU
+    the kernels of that GPU, whatever the others are. A 0-dim lambda of the CPU is taken by value.
+    """
+    names = re.findall(r"Tensor\?? (\w+)", schema.split(")")[0])
+    first = "logits" if "logits" in names else "sums"
+    at = names.index(first)
+    by_value = [name for name in names if name.endswith("_lambda")]
+
+    @functools.wraps(body)
+    def checked(*args: Any) -> Any:
+        checks.one_device(names, args[: len(names)], first, args[at].device, by_value)
+        return body(*args)
+
+    return checked
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "sums": _fake_sums,
     "finish": _fake_finish,
@@ -247,7 +268,8 @@ def define(namespace: str) -> None:
     library = libraries[namespace] = torch.library.Library(namespace, "DEF")
     for name, schema in SCHEMAS.items():
         library.define(schema)
-        torch.library.register_fake(f"{namespace}::{name}", FAKES[name], lib=library)
+        fake = on_one_device(schema, FAKES[name])
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
 
 
 def _register() -> None:
@@ -255,7 +277,8 @@ def _register() -> None:
         define(namespace)
     for namespace, functions in BODIES.items():
         for name, body in functions.items():
-            libraries[namespace].impl(name, body, "CompositeExplicitAutograd")
+            checked = on_one_device(SCHEMAS[name], body)
+            libraries[namespace].impl(name, checked, "CompositeExplicitAutograd")
     native.load_error("cpu")
     if torch.version.cuda is not None:
         native.load_error("cuda")

@@ -65,7 +65,7 @@ def voxel_sums(x: Tensor) -> Tensor:
 def sums_by_label(x: Tensor, labels: Tensor, classes: int) -> Tensor:
     """(B, classes) float64 sums of x (B, 1, v) over the voxels of each label (B, 1, v) int64."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        sums = torch.zeros(x.shape[0], classes, dtype=torch.float64)
+        sums = torch.zeros(x.shape[0], classes, dtype=torch.float64, device=x.device)
         return sums.scatter_add(1, labels[:, 0], x[:, 0].double())  # in the order of the voxels
     # Elsewhere a scatter adds in any order.
     of_class = labels == torch.arange(classes, device=labels.device).view(1, -1, 1)

@@ -70,12 +70,14 @@ def dice_ce_loss(
         other_act,
         ignore_index,
     )
-    voxel_weight = checks.as_weight(weight)
+    voxel_weight = checks.placed("weight", weight, logits.device)
     if isinstance(dice_weight, str):
         dice_weight = voxel_weight
         if voxel_weight is not None and voxel_weight.ndim > 0:
             dice_weight = voxel_weight[inputs.skipped :]
-    class_weight = checks.class_weight(checks.as_weight(dice_weight), inputs.classes)
+    class_weight = checks.class_weight(
+        checks.placed("dice_weight", dice_weight, logits.device), inputs.classes
+    )
     voxel_weight = checks.ce_weight(voxel_weight, logits.shape[1])
     term = ce_term(inputs, reduction, voxel_weight is not None, label_smoothing, ce_include_background)
     finish = dataclasses.replace(
@@ -155,8 +157,8 @@ def _with_focal(
         overlap.spec.finish, denominator=term.finish.denominator, voxel_skipped=term.finish.voxel_skipped
     )
     overlap.spec = LossSpec(sums, finish)
-    balance = checks.focal_alpha(alpha, inputs.classes)
-    factor = checks.focal_weight(checks.as_weight(weight), inputs.classes)
+    balance = checks.focal_alpha(alpha, inputs.classes, inputs.logits.device)
+    factor = checks.focal_weight(checks.placed("weight", weight, inputs.logits.device), inputs.classes)
     overlap.pos_weight, overlap.neg_weight = focal_factors(balance, factor, inputs, use_softmax)
     overlap.dtype = torch.promote_types(overlap.dtype, torch.float32)  # MONAI's focal half is float32
     return overlap
@@ -258,7 +260,9 @@ def dice_focal_loss(
         warn_single_channel("include_background=False")  # MONAI's halves both warn
     finish = dice_finish(inputs, jaccard, smooth_nr, smooth_dr, batch, reduction)
     call = overlap_call(inputs, overlap_of(squared_pred, soft_label), finish)
-    call.class_weight = checks.class_weight(checks.as_weight(dice_weight), inputs.classes)
+    call.class_weight = checks.class_weight(
+        checks.placed("dice_weight", dice_weight, logits.device), inputs.classes
+    )
     by_voxels = ignore_index is not None and not mean_over_classes
     call = _with_focal(
         call, inputs, reduction, gamma, alpha, weight, use_softmax, by_voxels, softmax_over_all

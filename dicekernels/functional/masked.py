@@ -158,7 +158,7 @@ def _masked(
     if labels:
         inputs.notes += ("the label map times the mask is made once and kept for backward",)
     call = overlap_call(inputs, overlap, finish)
-    call.class_weight = checks.class_weight(checks.as_weight(weight), inputs.classes)
+    call.class_weight = checks.class_weight(checks.placed("weight", weight, logits.device), inputs.classes)
     if labels and inputs.mask is not None:
         call.missed = _missed(call)
     if finish.reduction == Reduction.NONE:

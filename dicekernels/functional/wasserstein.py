@@ -75,7 +75,7 @@ def normalised(dist_matrix: Any) -> Tensor:
     if isinstance(matrix, np.ndarray):
         matrix = torch.from_numpy(matrix)
     elif not isinstance(matrix, Tensor):
-        matrix = torch.as_tensor(matrix)
+        matrix = torch.as_tensor(matrix, device="cpu")
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         shape = " x ".join(map(str, matrix.shape)) or "a number"
         raise ValueError(f"dist_matrix must be C x C, got {shape}.")

@@ -48,7 +48,7 @@ class GeneralizedWassersteinDiceLoss(_Loss):
         matrix = normalised(dist_matrix)
         self.alpha_mode = checks.option("weighting_mode", weighting_mode, MODES)
         # A matrix that is normalised already is kept itself: integers stay integers.
-        given = torch.as_tensor(dist_matrix)
+        given = dist_matrix if isinstance(dist_matrix, Tensor) else torch.as_tensor(dist_matrix, device="cpu")
         self.m = given if bool(given.max() == 1) else matrix
         self.num_classes = self.m.size(0)
         self.smooth_nr = float(smooth_nr)

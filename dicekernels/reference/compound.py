@@ -43,7 +43,7 @@ def dice_ce_loss(
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: got {reduction!r}, expected 'mean' or 'sum'")
-    w = None if weight is None else torch.as_tensor(weight)
+    w = None if weight is None else torch.as_tensor(weight, device=logits.device)
     if isinstance(dice_weight, str):
         dice_weight = w if w is None or w.ndim == 0 or include_background else w[1:]
     dice = dice_loss(
@@ -74,7 +74,7 @@ def dice_ce_loss(
         ignore_index=ignore_index,
         mask=mask,
     )
-    w = torch.ones(()).to(logits) if w is None else w.to(logits)
+    w = logits.new_ones(()) if w is None else w.to(logits)
     if logits.shape[1] == 1:
         total = w.reshape(()) * rows["POS"].sum() + rows["NEG"].sum()
         count = rows["N"].sum()

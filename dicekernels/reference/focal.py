@@ -53,7 +53,7 @@ def focal_loss(
         alpha = None
     loss = m * quiet(balanced(z, g, gamma, alpha, use_softmax, first), m)
     if weight is not None:
-        loss = loss * per_class(torch.as_tensor(weight).to(loss), loss)
+        loss = loss * per_class(torch.as_tensor(weight, device=loss.device).to(loss), loss)
 
     if reduction == "none":
         return loss
@@ -80,7 +80,11 @@ def balanced(z: Tensor, g: Tensor, gamma: float, alpha: Alpha, use_softmax: bool
     loss = terms["POS"] if use_softmax else terms["POS"] + terms["NEG"]
     if alpha is None:
         return loss
-    a = loss.new_tensor(alpha) if isinstance(alpha, float | int) else torch.as_tensor(alpha).to(loss)
+    a = (
+        loss.new_tensor(alpha)
+        if isinstance(alpha, float | int)
+        else torch.as_tensor(alpha, device=loss.device).to(loss)
+    )
     if use_softmax:
         a = torch.stack([1 - a] + [a] * (loss.shape[1] - 1)) if a.ndim == 0 else a
         return per_class(a, loss) * loss

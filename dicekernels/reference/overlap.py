@@ -67,7 +67,7 @@ def dice_loss(
     else:
         loss = one_minus_ratio(2 * hit, wrong, smooth_nr, smooth_dr)
     if weight is not None and channels != 1:
-        loss = loss * torch.as_tensor(weight).to(loss).expand(channels)
+        loss = loss * torch.as_tensor(weight, device=loss.device).to(loss).expand(channels)
     return reduce(loss, reduction, trailing=logits.ndim - 2)
 
 
