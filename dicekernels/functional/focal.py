@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,13 +25,7 @@ def focal_dense_reason(logits: Tensor, target: Tensor, options: dict[str, Any]) 
         return 'reduction="none" of the focal loss is a map of the size of the logits'
     alpha = options.get("alpha")
     soft = target.is_floating_point() and (logits.shape[1] == 1 or not options.get("to_onehot_y"))
-    if (
-        alpha is None
-        or options.get("use_softmax")
-        or not soft
-        or isinstance(alpha, (float, int))
-        or torch.as_tensor(alpha).ndim == 0
-    ):
+    if alpha is None or options.get("use_softmax") or not soft or np.ndim(alpha) == 0:
         return ""
     return "an alpha of each class acts only where a soft target is 1, which no sum over the voxels tells"
 

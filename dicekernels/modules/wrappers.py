@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
 from .. import checks
-from ..overrides import remember
+from ..overrides import overridden, remember
 from ..prepare import kernel_dtype, like_input, plain
 from ..scripting import scriptable
 from .compound import DiceCELoss
@@ -207,7 +207,9 @@ def _reads_half(loss: Callable[..., Tensor], output: Tensor) -> bool:
     assert isinstance(loss, nn.Module)
     if isinstance(loss, TwoHalves) and loss.apart_reason(output.shape[1] == 1):
         return False
-    # An activation or hooks of the user's see the output itself.
+    # An override, an activation or hooks of the user's see the output itself.
+    if overridden(loss, type(loss)):
+        return False
     return not any(
         getattr(module, "other_act", None) is not None or checks.hooked(module) for module in loss.modules()
     )
