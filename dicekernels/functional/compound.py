@@ -72,10 +72,13 @@ def dice_ce_loss(
     )
     voxel_weight = checks.as_weight(weight)
     if isinstance(dice_weight, str):
+        checks.option("dice_weight", dice_weight, ("weight",))
         dice_weight = voxel_weight
         if voxel_weight is not None and voxel_weight.ndim > 0:
             dice_weight = voxel_weight[inputs.skipped :]
-    class_weight = checks.class_weight(checks.as_weight(dice_weight), inputs.classes)
+    class_weight = checks.class_weight(
+        checks.as_weight(dice_weight, "dice_weight"), inputs.classes, inputs.skipped, voxel_weight
+    )
     voxel_weight = checks.ce_weight(voxel_weight, logits.shape[1])
     term = ce_term(inputs, reduction, voxel_weight is not None, label_smoothing, ce_include_background)
     finish = dataclasses.replace(
@@ -153,8 +156,8 @@ def _with_focal(
         overlap.spec.finish, denominator=term.finish.denominator, voxel_skipped=term.finish.voxel_skipped
     )
     overlap.spec = LossSpec(sums, finish)
-    balance = checks.focal_alpha(alpha, inputs.classes)
-    factor = checks.focal_weight(checks.as_weight(weight), inputs.classes)
+    balance = checks.focal_alpha(alpha, inputs.classes, inputs.skipped)
+    factor = checks.focal_weight(checks.as_weight(weight), inputs.classes, inputs.skipped)
     overlap.pos_weight, overlap.neg_weight = focal_factors(balance, factor, inputs, use_softmax)
     overlap.dtype = torch.promote_types(overlap.dtype, torch.float32)  # MONAI's focal half is float32
     return overlap
@@ -203,6 +206,7 @@ def dice_focal_loss(
     region_lambda = checks.factor("lambda_dice", lambda_dice, logits)
     voxel_lambda = checks.factor("lambda_focal", lambda_focal, logits)
     if isinstance(dice_weight, str):
+        checks.option("dice_weight", dice_weight, ("weight",))
         dice_weight = weight
     focal: dict[str, Any] = {
         "include_background": include_background,
@@ -248,7 +252,7 @@ def dice_focal_loss(
         warn_single_channel("include_background=False")  # MONAI's halves both warn
     finish = dice_finish(inputs, jaccard, smooth_nr, smooth_dr, batch, reduction)
     call = overlap_call(inputs, overlap_of(squared_pred, soft_label), finish)
-    call.class_weight = checks.class_weight(checks.as_weight(dice_weight), inputs.classes)
+    call.class_weight = checks.class_weight(checks.as_weight(dice_weight), inputs.classes, inputs.skipped)
     call = _with_focal(call, inputs, reduction, gamma, alpha, weight, use_softmax, ignore_index is not None)
     call.region_lambda, call.voxel_lambda = region_lambda, voxel_lambda
     return like_input(call.run(), logits, target)

@@ -24,7 +24,7 @@ def focal_dense_reason(logits: Tensor, target: Tensor, options: dict[str, Any]) 
         return 'reduction="none" of the focal loss is a map of the size of the logits'
     alpha = options.get("alpha")
     soft = target.is_floating_point() and (logits.shape[1] == 1 or not options.get("to_onehot_y"))
-    if alpha is None or options.get("use_softmax") or not soft or torch.as_tensor(alpha).ndim == 0:
+    if alpha is None or options.get("use_softmax") or not soft or checks.as_alpha(alpha).ndim == 0:
         return ""
     return "an alpha of each class acts only where a soft target is 1, which no sum over the voxels tells"
 
@@ -111,11 +111,11 @@ def focal_loss(
         # MONAI multiplies the logits by this mask: no matter for zeros and ones.
         inputs.logits, inputs.target = inputs.logits * inputs.mask, inputs.target * inputs.mask
         inputs.notes += ("logits and target are multiplied by the fractions of the ignored class",)
-    balance = checks.focal_alpha(alpha, inputs.classes)
+    balance = checks.focal_alpha(alpha, inputs.classes, inputs.skipped)
     spec = focal_term(
         inputs, getattr(reduction, "value", reduction), gamma, use_softmax, ignore_index is not None
     )
     call = Call(inputs.logits, inputs.target, inputs.mask, spec, dtype, notes=inputs.notes)
-    factor = checks.focal_weight(checks.as_weight(weight), inputs.classes)
+    factor = checks.focal_weight(checks.as_weight(weight), inputs.classes, inputs.skipped)
     call.pos_weight, call.neg_weight = focal_factors(balance, factor, inputs, use_softmax)
     return like_input(call.run(), logits, target)
