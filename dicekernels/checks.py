@@ -98,16 +98,16 @@ def voxel_weights(mask: Tensor | None, logits: Tensor) -> None:
         ValueError: another shape, or a weight below 0.
     """
     mask_shape(mask, logits)
-    if mask is None or mask.numel() == 0 or not (mask.is_floating_point() or mask.dtype.is_signed):
+    if mask is None or traced() or torch._C._are_functorch_transforms_active():
         return
-    if traced() or torch._C._are_functorch_transforms_active() or type(mask) not in (Tensor, nn.Parameter):
+    if type(mask) not in (Tensor, nn.Parameter) or not (mask.is_floating_point() or mask.dtype.is_signed):
         return
     if mask.device.type != "cpu" and os.environ.get("DICEKERNELS_CHECK") != "1":
         return
-    lowest = mask.detach().amin()
+    lowest = mask.detach().amin() if mask.numel() else 0
     if bool(lowest < 0):
         raise ValueError(
-            f"mask: got a voxel weight of {lowest.item()}, expected none below 0; 0 leaves a voxel out: use "
+            f"mask: got a voxel weight of {float(lowest)}, expected none below 0; 0 leaves a voxel out: use "
             "mask.clamp(min=0), or mask != 0 if any other value marks a voxel that counts"
         )
 
@@ -156,9 +156,11 @@ def class_weight(
         return None
     dense_tensor("weight", weight)
     if weight.ndim > 1:
+        shape, values = weight.shape, classes
+        if whole is not None and whole.shape[1:] == shape[1:]:
+            shape, values = whole.shape, classes + skipped
         raise ValueError(
-            f"weight: got shape {tuple(weight.shape)}, expected {classes} values in one "
-            "dimension, or one number"
+            f"weight: got shape {tuple(shape)}, expected {values} values in one dimension, or one number"
         )
     if weight.ndim == 1 and weight.shape[0] != classes:
         raise ValueError(
@@ -181,12 +183,10 @@ def _counts(weight: Tensor, rule: str) -> None:
         good = (weight >= 0) & (weight < math.inf)
         if not bool(good.all()):
             value = weight[~good].flatten()[0].item()
-            remedy = (
-                "0 leaves a class out."
-                if math.isfinite(value)
-                else "one over the voxels of a class is infinite for an absent class: 0 leaves it out."
-            )
-            raise ValueError(f"{rule} Got {value}, expected finite values; {remedy}")
+            remedy = "; 0 leaves a class out."
+            if not math.isfinite(value):
+                remedy = ", expected finite values: 1 / voxels of an absent class is none; 0 leaves it out."
+            raise ValueError(f"{rule} weight: got {value}{remedy}")
         _checked[weight] = version
 
 

@@ -103,13 +103,12 @@ def of_weight_length(got: int, expected: int, skipped: int, whole: int | None) -
         skipped: 1 if ``expected`` leaves out the background.
         whole: length of the weight of all classes that this one may be a part of.
     """
-    if whole == got + skipped:
+    if whole is not None and whole == got + skipped:
         return (
-            f"Got {whole}, expected {expected + skipped}: one for every class, the background included. With "
-            "include_background=False the cross entropy still has the background; the Dice half leaves the "
-            "first value out itself."
+            f"Got {whole}, expected {expected + skipped}: the weight of DiceCELoss has one for every class, "
+            "the background included, also with include_background=False (the Dice half leaves it out)."
         )
-    if skipped:
+    if skipped > 0:
         more = "; leave out that of the background, weight[1:]" if got == expected + 1 else ""
         return (
             "If `include_background=False`, the weight should not include the background category class 0. "

@@ -109,7 +109,9 @@ def two_halves_loss(
     ignore_index = checks.index(ignore_index)
     checks.tensors(y_pred, y_true, mask, NAMES)
     if y_pred.ndim not in (4, 5):
-        raise ValueError(f"input shape must be 4 or 5, but got {y_pred.shape}")
+        raise ValueError(
+            f"input shape must be 4 or 5, but got {y_pred.shape}: y_pred is (B, C, *S), S of 2 or 3 sizes"
+        )
     one_hot = to_onehot_y and y_pred.shape[1] != 1
     if y_pred.shape[1] == 1 and not traced():
         if to_onehot_y:

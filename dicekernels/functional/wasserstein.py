@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import checks, hints
 from ..backends import eager
+from ..kinds import as_tensor
 from ..prepare import kernel_dtype, like_input, plain
 from ..streamed import check_labels, label_spec, record_streamed, streamed_sums, sums_by_label
 
@@ -74,8 +75,8 @@ def normalised(dist_matrix: Any) -> Tensor:
     matrix = dist_matrix
     if isinstance(matrix, np.ndarray):
         matrix = torch.from_numpy(matrix)
-    elif not isinstance(matrix, Tensor):
-        matrix = torch.as_tensor(matrix)
+    else:
+        matrix = as_tensor("dist_matrix", matrix, "a C x C matrix as nested lists, an array or a tensor")
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         shape = " x ".join(map(str, matrix.shape)) or "a number"
         raise ValueError(f"dist_matrix must be C x C, got {shape}.")
