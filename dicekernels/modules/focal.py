@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
@@ -51,7 +50,7 @@ class FocalLoss(_Loss):
         self.use_softmax = use_softmax
         self.alpha: float | Tensor | None = None
         if alpha is not None:
-            self.alpha = float(alpha) if isinstance(alpha, (float, int)) else torch.as_tensor(alpha)
+            self.alpha = float(alpha) if isinstance(alpha, (float, int)) else checks.as_alpha(alpha)
         self.register_buffer("class_weight", checks.as_weight(weight))
         self.class_weight: Tensor | None  # not in the class: TorchScript would read it there
         self.ignore_index = ignore_index
