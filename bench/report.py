@@ -154,9 +154,14 @@ def beside_lines(document: schema.Document) -> list[list[str]]:
     return lines
 
 
+def busy(document: schema.Document) -> bool:
+    """Whether others used the machine when the run started."""
+    host = document["host"]
+    return bool((host["load_average"] or 0) > host["cores"] / 2)
+
+
 def header(document: schema.Document) -> str:
     host, device = document["host"], document["device"]
-    busy = (host["load_average"] or 0) > host["cores"] / 2
     dirty = {True: " with local changes", False: "", None: ""}[document["dirty"]]
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     part = f" (cases {document['cases']!r})" if document["cases"] else ""
@@ -175,7 +180,7 @@ def header(document: schema.Document) -> str:
         f"{host['cpu']} ({host['cpu_capability']}, {host['cores']} cores, load "
         f"{host['load_average']}), {host['system']}, {host['c_library']}\n{versions}"
         + absent
-        + ("\nTHE MACHINE WAS BUSY at the start: these times prove nothing" if busy else "")
+        + ("\nTHE MACHINE WAS BUSY at the start: these times prove nothing" if busy(document) else "")
     )
 
 
@@ -240,13 +245,18 @@ MEMORY_HEADS = ["case", "contender", "forward", "kept", "backward", "peak"]
 MEMORY_HEADS += ["resident forward", "kept", "peak"]
 
 
+def peak(profiled: dict[str, int]) -> int:
+    """Most bytes at any time of a step; those of backward come on top of what was kept for it."""
+    return max(profiled["forward_peak"], profiled["kept"] + profiled["backward_peak"])
+
+
 def memory_lines(rows: list[Row]) -> list[list[str]]:
     """A line for each case and contender, in multiples of the logits' size, under MEMORY_HEADS."""
     lines = []
     for row in rows:
         profiled, resident, unit = row["profiled"], row["resident"] or {}, row["logits_bytes"]
         parts = [profiled[key] for key in ("forward_peak", "kept", "backward_peak")]
-        parts += [max(profiled["forward_peak"], profiled["kept"] + profiled["backward_peak"])]
+        parts += [peak(profiled)]
         parts += [resident.get(key) for key in ("forward_peak", "kept", "peak")]
         cells = ["" if part is None else f"{part / unit:.4f}" for part in parts]
         lines.append([name_of(row), row["contender"], *cells])
