@@ -45,8 +45,8 @@ print(json.dumps(results))
 
 
 def shown(code: str) -> str:
-    """What a block says that it prints: its lines behind "#>", with "..." for anything."""
-    return "".join(f"{line[2:].strip()}\n" for line in code.splitlines() if line.startswith("#>"))
+    """What a block says that it prints: its lines behind "# ->", with "..." for anything."""
+    return "".join(f"{line[5:]}\n" for line in code.splitlines() if line.startswith("# -> "))
 
 
 @pytest.mark.parametrize("page", [name for name, blocks in BLOCKS.items() if blocks])
@@ -148,3 +148,17 @@ def test_every_file_of_a_command_exists_and_takes_the_options() -> None:
     for page, (script, *words) in scripts:
         for option in options(words):
             assert option in (ROOT / script).read_text(), f"{page}: {script} {option}"
+
+
+def test_every_file_that_a_page_names_exists() -> None:
+    sources = {".cmake", ".cpp", ".cu", ".cuh", ".h", ".json", ".md", ".py", ".sh", ".toml"}
+    folders = [ROOT / name for name in ("bench", "csrc", "dicekernels", "docs", "tests")]
+    known = [*ROOT.iterdir(), *(file for folder in folders for file in folder.rglob("*"))]
+    files = [f"/{file.relative_to(ROOT)}" for file in known if file.suffix in sources]
+    for page, text in TEXTS.items():
+        prose = FENCE.sub("", text)
+        for link in re.findall(r"\]\(([^)#:]+)\)", prose):
+            assert (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"
+        for span in re.findall(r"`([\w./-]+)`", prose):
+            if Path(span).suffix in sources and span not in ("Python.h", "_build_info.json"):
+                assert any(file.endswith(f"/{span}") for file in files), f"{page}: {span}"

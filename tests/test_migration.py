@@ -1,4 +1,4 @@
-"""docs/migrating-from-monai.md: before and after give the same, in the README too; its configurations load."""
+"""docs/migrating-from-monai.md: before and after give the same, in the README too; its bundles load."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_every_segmentation_loss_that_stays_is_named() -> None:
     assert all(hasattr(monai_losses, name) for name in stays)
 
 
-@pytest.mark.parametrize(("text", "name"), zip(YAML, ["DiceCELoss", "DiceFocalLoss"], strict=True))
+@pytest.mark.parametrize(("text", "name"), [*zip(YAML, ["DiceCELoss", "DiceFocalLoss"], strict=True)])
 def test_bundles_build_our_losses(text: str, name: str) -> None:
     parser = bundle.ConfigParser(yaml.safe_load(text))
     loss = parser.get_parsed_content("loss")
