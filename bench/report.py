@@ -30,6 +30,11 @@ def ratio(slow: Row, fast: Row, part: str = "both") -> float | None:
     return over / under
 
 
+def milliseconds(row: Row | None) -> str:
+    """Median of forward + backward; "-" unless the row is sound."""
+    return f"{row['milliseconds']['both']['median']:.1f}" if row is not None and sound(row) else "-"
+
+
 def best(rows: Iterable[Row], role: str) -> Row | None:
     """The fastest sound row of a role."""
     able = [row for row in rows if row["role"] == role and sound(row)]
@@ -218,7 +223,8 @@ def _case_table(rows: list[Row]) -> str:
     return "\n".join([title, table, *notes])
 
 
-SUMMARY_HEADS = ["case", "allocator", "check", "ours / floor", "than MONAI", "than best compiled", "which is"]
+SUMMARY_HEADS = ["case", "allocator", "check", "ours ms", "MONAI ms"]
+SUMMARY_HEADS += ["ours / floor", "than MONAI", "than best compiled", "which is"]
 
 
 def summary_lines(document: schema.Document) -> list[list[str]]:
@@ -232,6 +238,8 @@ def summary_lines(document: schema.Document) -> list[list[str]]:
                 name_of(ours),
                 ours["allocator"],
                 _verdict(ours),
+                milliseconds(ours),
+                milliseconds(eager),
                 _times(ratio(ours, _the(rows, "floor"))),
                 _faster(ratio(eager, ours)) if eager else "-",
                 _faster(ratio(compiled, ours)) if compiled else "",

@@ -82,6 +82,48 @@ def test_the_figures_are_those_of_the_committed_results() -> None:
     assert len(readme.README.read_text().splitlines()) <= 120
 
 
+def test_the_table_of_the_readme_against_the_result_file() -> None:
+    """The third row by hand: bytes and milliseconds of the file, a wrong result without its time."""
+    pytest.importorskip("tabulate")
+    pytest.importorskip("monai")
+    from bench import readme
+
+    _, document = readme.results()[0]
+    timings, memory = (
+        {
+            row["contender"]: row
+            for row in document[key]
+            if row["case"]["loss"] == "dice_ce" and row["case"]["shape"][1] == 117
+            if row.get("allocator", "default") == "default"
+        }
+        for key in ("timings", "memory")
+    )
+    times = [timings[name]["milliseconds"]["both"]["median"] for name in ("dicekernels", "MONAI")]
+    used = [memory[name]["profiled"] for name in ("dicekernels", "MONAI")]
+    sizes = [use["kept"] for use in used] + [use["kept"] + use["backward_peak"] for use in used]
+    cells = [f"{time:.1f} ms" for time in times] + [f"{size / 1e6:.1f} MB" for size in sizes]
+    (row,) = re.findall(r"^\| 1 x 117 x 64³.*", readme.table(document), re.MULTILINE)
+    assert [cell.strip() for cell in row.split("|")[3:-1]] == cells
+    timings["MONAI"]["check"]["passed"] = False
+    (row,) = re.findall(r"^\| 1 x 117 x 64³.*", readme.table(document), re.MULTILINE)
+    assert [cell.strip() for cell in row.split("|")[3:5]] == [cells[0], "- ms"]
+
+
+def test_a_part_of_a_suite_is_shown_until_the_whole_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tabulate")
+    pytest.importorskip("monai")
+    from bench import readme, schema
+
+    _, document = next(entry for entry in readme.results() if not entry[1]["cases"])
+    later, before = "2027-01-01T00:00:00+00:00", "2020-01-01T00:00:00+00:00"
+    for cases, date in (("", document["date"]), ("dice", later), ("gdl", before)):
+        schema.save(document | {"cases": cases, "date": date}, tmp_path)
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert [shown["cases"] for _, shown in readme.results()] == ["", "dice"]
+
+
 def commands(text: str) -> list[list[str]]:
     """Words of each line of a block that is not Python, and of each `span`; a quotation is one word."""
     fences = [found[2] for found in FENCE.finditer(text) if found[1] in ("", "bash", "sh")]
