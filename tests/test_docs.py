@@ -181,10 +181,8 @@ def test_every_module_that_is_run_exists_and_takes_the_options() -> None:
 
 def test_every_file_of_a_command_exists_and_takes_the_options() -> None:
     for page, text in TEXTS.items():
-        for words in commands(text):
-            files = [word for word in words if re.fullmatch(r"(bench|tests)/[\w/*-]+\.(json|py|sh)", word)]
-            for file in files:
-                assert list(ROOT.glob(file)), f"{page}: {file}"
+        for file in re.findall(r"\b(?:bench|tests)/[\w/*-]+\.(?:json|py|sh)\b", text):
+            assert list(ROOT.glob(file)), f"{page}: {file}"
     scripts = called("bash")
     assert scripts
     for page, (script, *words) in scripts:
