@@ -205,10 +205,9 @@ def prepare(
 
 def _check_target(logits: Tensor, target: Tensor, dense: bool, mismatch: type[Exception]) -> None:
     shape, expected = tuple(target.shape), tuple(logits.shape)
-    different = f"ground truth has different shape ({target.shape}) from input ({logits.shape}). "
     if dense:
         if shape != expected:
-            raise mismatch(different + hints.of_target(logits, target, False))
+            raise mismatch(hints.of_different_shapes(logits, target, False))
         return
     if shape == (expected[0], *expected[2:]) and len(shape) > 1:
         return
@@ -217,7 +216,7 @@ def _check_target(logits: Tensor, target: Tensor, dense: bool, mismatch: type[Ex
             "labels should have a channel with length equal to one. " + hints.of_target(logits, target, True)
         )
     if (shape[0], *shape[2:]) != (expected[0], *expected[2:]):
-        raise mismatch(different + hints.of_target(logits, target, True))
+        raise mismatch(hints.of_different_shapes(logits, target, True))
 
 
 def _dense_ignore_mask(target: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:

@@ -144,10 +144,9 @@ def two_halves_loss(
 
 def _target(p: Tensor, g: Tensor, one_hot: bool, num_classes: int) -> Tensor:
     """Labels (B, 1, *S), or values of the shape of p."""
-    different = f"ground truth has different shape ({g.shape}) from input ({p.shape}). "
     if not one_hot:
         if g.shape != p.shape:
-            raise ValueError(different + hints.of_target(p, g, False, NAMES))
+            raise ValueError(hints.of_different_shapes(p, g, False, NAMES))
         return g
     if g.shape == (p.shape[0], *p.shape[2:]):
         g = g[:, None]
@@ -156,7 +155,7 @@ def _target(p: Tensor, g: Tensor, one_hot: bool, num_classes: int) -> Tensor:
             "labels should have a channel with length equal to one. " + hints.of_target(p, g, True, NAMES)
         )
     if g.shape != (p.shape[0], 1, *p.shape[2:]):
-        raise ValueError(different + hints.of_target(p, g, True, NAMES))
+        raise ValueError(hints.of_different_shapes(p, g, True, NAMES))
     if num_classes != p.shape[1]:
         raise ValueError(
             f"ground truth has different shape: one-hot of num_classes={num_classes}, "
