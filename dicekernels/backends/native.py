@@ -66,10 +66,12 @@ def warn_of_missing_libraries() -> None:
     for name in ("cpu", "cuda") if torch.version.cuda else ("cpu",):
         if is_loaded(name) or (name == "cuda" and not library_path(name).is_file()):
             continue
+        # Triton takes the place of the CUDA library, nothing fast that of the other.
+        loss = ", far slower" if name == "cpu" else ""
         # Through dispatch.py and __init__.py to the line that imports the package.
         warnings.warn(
-            f"dicekernels runs without its {name.upper()} library, far slower: {_remedy(name)} "
-            "(DICEKERNELS_BACKEND=eager ends this warning.)",
+            f"dicekernels runs without its {name.upper()} library{loss}: {_remedy(name)}. "
+            "DICEKERNELS_BACKEND=eager ends this warning.",
             stacklevel=4,
         )
 
@@ -83,8 +85,8 @@ def _remedy(name: str) -> str:
     text = f"{clone} is a clone that was not built. Run `make build` there"
     found = _installed_elsewhere()
     if found is None:
-        return f"{text}, or install it (docs/install.md) and start Python outside of it."
-    return f"{text}, or start Python outside of it: an installed dicekernels is in {found.parent}."
+        return f"{text}, or install it (docs/install.md) and start Python outside of it"
+    return f"{text}, or start Python outside of it: an installed dicekernels is in {found.parent}"
 
 
 def _installed_elsewhere() -> Path | None:
