@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from .demo_report import report, run
         from .demo_training import RECIPES, CropError, DisagreementError
     except ModuleNotFoundError as error:
-        print(f"FAILED: package {error.name!r} is not installed. Run: pip install {PACKAGES}")
+        package = str(error.name).partition(".")[0]
+        print(f"FAILED: package {package!r} is not installed. Run: pip install {PACKAGES}")
         return 1
     console = Console(highlight=False)
     given = {name: getattr(options, name) for name in ("steps", "stride", "size", "seed")}

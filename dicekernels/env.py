@@ -53,11 +53,11 @@ def report() -> dict[str, Any]:
 
 
 def chosen_backend(device: str) -> tuple[str, str]:
-    """The backend of an ordinary loss on this device, and what matters of it: processor, or why nothing faster."""
+    """The backend of an ordinary loss on this device, and its processor or why it is no faster one."""
     logits = torch.empty(1, 4, 1, device=device)
     name = choose(logits).name
     if name == "cpu":
-        return name, {"avx512": "AVX-512", "avx2": "AVX2"}.get(str(_kernel_isa()), str(_kernel_isa()))
+        return name, instruction_set()
     if name != "eager":
         return name, torch.cuda.get_device_name(logits.device) if device == "cuda" else ""
     if forced_backend() == "eager":
@@ -65,6 +65,12 @@ def chosen_backend(device: str) -> tuple[str, str]:
     fast = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device, ("triton",))
     reasons = refusals(logits)
     return name, "; ".join(f"{other}: {reasons[other]}" for other in fast)
+
+
+def instruction_set() -> str:
+    """That of the CPU kernels as its makers spell it: AVX-512, AVX2, baseline."""
+    isa = str(_kernel_isa())
+    return {"avx512": "AVX-512", "avx2": "AVX2"}.get(isa, isa)
 
 
 def backend_line(device: str) -> str:

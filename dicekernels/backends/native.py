@@ -58,7 +58,7 @@ def load_error(name: str) -> str | None:
 
 
 def warn_of_missing_libraries() -> None:
-    """Warn, at the import of the package, that its CPU library is missing or that a library there does not load.
+    """Warn, at the import of the package, that its CPU library is missing or that a library does not load.
 
     Without it the losses are the same and many times slower, which nobody would see. A wheel without CUDA is
     no fault, nor is a CUDA library beside a torch without CUDA.
