@@ -16,20 +16,21 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-try:
-    from setuptools.command.bdist_wheel import bdist_wheel
-except ImportError:
-    from wheel.bdist_wheel import bdist_wheel
+TOOLS = "pip install cmake ninja 'setuptools>=77' wheel"
+# Older ones, as a new environment of Python 3.10 and 3.11 has one, know neither this nor the license's form.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(f"setuptools is {setuptools.__version__}; expected 77 or newer: run `{TOOLS}`")
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
 OLDEST_NVCC = (12, 0)
 # Commands of setuptools for which torch has to be there. An sdist and its metadata need none.
 BUILDING = {"bdist_wheel", "build", "build_ext", "develop", "dist_info", "editable_wheel", "install"}
-TOOLS = "pip install cmake ninja 'setuptools>=77' wheel"
 TORCH_REMEDY = (
     "dicekernels builds against the torch you already have: "
     f"install torch >= 2.10, then run `{TOOLS}` and `pip install --no-build-isolation .`"

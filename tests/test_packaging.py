@@ -300,6 +300,21 @@ def test_build_without_torch_outside_of_isolation_asks_for_torch(tmp_path: Path)
     assert run(sys.executable, "-S", "setup.py", "--version", PYTHONPATH=alone).returncode == 0
 
 
+def test_old_setuptools_is_named_with_the_remedy(tmp_path: Path) -> None:
+    """That of a new environment of Python 3.11; it has no bdist_wheel either."""
+    for name, text in (
+        ("__init__.py", "__version__ = '65.5.0'\nExtension = setup = None\n"),
+        ("command/__init__.py", ""),
+        ("command/build_ext.py", "build_ext = object\n"),
+    ):
+        path = tmp_path / "setuptools" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    done = run(sys.executable, "setup.py", "--version", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith("setuptools is 65.5.0; expected 77 or newer: run `pip install cmake ninja ")
+
+
 def test_pip_install_with_isolation_stops_with_the_remedy(tmp_path: Path) -> None:
     """pip's own isolation. setuptools comes from the tree, since pip could fetch it from an index only."""
     tree = tmp_path / "tree"
