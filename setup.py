@@ -6,6 +6,7 @@ TORCH_CUDA_ARCH_LIST, CUDACXX, CUDA_HOME, MAX_JOBS.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -47,6 +48,7 @@ def nvcc_release(path: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
+@functools.cache  # so that what it prints is printed once
 def cuda_compiler() -> tuple[str, tuple[int, int]] | None:
     """Path and release of the nvcc to build with, None for a CPU-only build.
 
@@ -198,12 +200,12 @@ class CMakeBuild(build_ext):
             "DICEKERNELS_TORCH_DIR": str(torch_dir()),
             "DICEKERNELS_TORCH_VERSION": importlib.metadata.version("torch"),
             "DICEKERNELS_VERSION": self.distribution.get_version(),
-            "Python_EXECUTABLE": sys.executable,
         }
         if native:
             import pybind11
 
             options["pybind11_DIR"] = pybind11.get_cmake_dir()
+            options["Python_EXECUTABLE"] = sys.executable
         cmake = tool("cmake")
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         kinds = (
