@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from . import available_backends, use_backend
+from . import unavailable_backends, use_backend
 from .data import TASKS, load
+from .dispatch import BACKENDS
 
 try:
     from rich import box
@@ -84,11 +85,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stride", type=_at_least(1), help="keep every n-th voxel of each axis")
     parser.add_argument("--size", type=_at_least(0), help="edge of the training crops; 0: whole volume")
     parser.add_argument("--seed", type=int, help="of the first weights and of the crops (default: 0)")
-    parser.add_argument("--backend", choices=list(available_backends()), help="default: the best there is")
+    parser.add_argument("--backend", choices=list(BACKENDS), help="default: the best there is")
     parser.add_argument("--out", type=Path, default=Path("demo.png"), help="picture (default: %(default)s)")
     options = parser.parse_args(arguments)
-    if options.backend and available_backends()[options.backend]:
-        parser.error(f"--backend {options.backend}: {available_backends()[options.backend]}")
+    reason = unavailable_backends().get(options.backend)
+    if reason:
+        parser.error(f"--backend {options.backend}: {reason}")
     return options
 
 

@@ -220,7 +220,7 @@ def test_missing_data_ends_with_the_command(
 def test_a_backend_that_cannot_run_is_refused_with_its_reason(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "available_backends", lambda: {"cpu": "the library is not built"})
+    monkeypatch.setattr(demo, "unavailable_backends", lambda: {"cpu": "the library is not built"})
     with pytest.raises(SystemExit) as caught:
         demo.main(["--backend", "cpu"])
     assert caught.value.code == 2
