@@ -6,13 +6,14 @@ Error types are MONAI's where MONAI has one (docs/semantics.md).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Weight = float | Sequence[float] | Tensor | None
+_Name = TypeVar("_Name", bound=str)
 
 
 def activation_options(sigmoid: bool, softmax: bool, other_act: Callable[[Tensor], Tensor] | None) -> None:
@@ -31,7 +32,7 @@ def activation_options(sigmoid: bool, softmax: bool, other_act: Callable[[Tensor
         )
 
 
-def option(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+def option(name: str, value: Any, allowed: tuple[_Name, ...]) -> _Name:
     """A string option, or an enum (MONAI's ``LossReduction``, ``Weight``) that holds one.
 
     Raises:

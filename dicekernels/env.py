@@ -118,9 +118,7 @@ def _gpus() -> list[str]:
 def _backends() -> dict[str, str]:
     """Each backend with "available" or the reason why it is not."""
     reasons = unavailable_backends()
-    return {
-        name: f"not available: {reasons[name]}" if name in reasons else "available" for name in BACKENDS
-    }
+    return {name: f"not available: {reasons[name]}" if name in reasons else "available" for name in BACKENDS}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,11 +56,11 @@ def region_sums(
     logits: Tensor,
     target: Tensor,
     *,
-    activation: str | None = "softmax",
-    overlap: str = "product",
-    voxel_term: str | None = None,
+    activation: Literal["softmax", "sigmoid"] | None = "softmax",
+    overlap: Literal["product", "min", "squared", "voxel_squared"] = "product",
+    voxel_term: Literal["ce", "bce", "focal_sigmoid", "focal_softmax"] | None = None,
     mask: Tensor | None = None,
-    mask_mode: str = "weight",
+    mask_mode: Literal["weight", "product"] = "weight",
     ignore_index: int | None = None,
     gamma: float = 2.0,
     first_class: int = 0,

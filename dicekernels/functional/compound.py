@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def dice_ce_loss(
     other_act: OtherAct = None,
     squared_pred: bool = False,
     jaccard: bool = False,
-    reduction: str = "mean",
+    reduction: Literal["mean", "sum"] = "mean",
     smooth_nr: float = 1e-5,
     smooth_dr: float = 1e-5,
     batch: bool = False,
@@ -42,7 +42,7 @@ def dice_ce_loss(
     soft_label: bool = False,
     ce_include_background: bool = True,
     mask: Tensor | None = None,
-    dice_weight: checks.Weight | str = "weight",
+    dice_weight: checks.Weight | Literal["weight"] = "weight",
 ) -> Tensor:
     """lambda_dice x Dice loss + lambda_ce x cross entropy (BCE for one channel), from one pass.
 
@@ -176,7 +176,7 @@ def dice_focal_loss(
     other_act: OtherAct = None,
     squared_pred: bool = False,
     jaccard: bool = False,
-    reduction: str = "mean",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     smooth_nr: float = 1e-5,
     smooth_dr: float = 1e-5,
     batch: bool = False,
@@ -191,7 +191,7 @@ def dice_focal_loss(
     mean_over_classes: bool = True,
     softmax_over_all: bool = True,
     mask: Tensor | None = None,
-    dice_weight: checks.Weight | str = "weight",
+    dice_weight: checks.Weight | Literal["weight"] = "weight",
 ) -> Tensor:
     """lambda_dice x Dice loss + lambda_focal x focal loss, from one pass.
 
@@ -281,8 +281,8 @@ def generalized_dice_focal_loss(
     sigmoid: bool = False,
     softmax: bool = False,
     other_act: OtherAct = None,
-    w_type: str = "square",
-    reduction: str = "mean",
+    w_type: Literal["square", "simple", "uniform"] = "square",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     smooth_nr: float = 1e-5,
     smooth_dr: float = 1e-5,
     batch: bool = False,

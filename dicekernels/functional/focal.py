@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ def focal_loss(
     gamma: float = 2.0,
     alpha: Alpha = None,
     weight: checks.Weight = None,
-    reduction: str = "mean",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     use_softmax: bool = False,
     ignore_index: int | None = None,
     mean_over_classes: bool = False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def dice_loss(
     other_act: OtherAct = None,
     squared_pred: bool = False,
     jaccard: bool = False,
-    reduction: str = "mean",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     smooth_nr: float = 1e-5,
     smooth_dr: float = 1e-5,
     batch: bool = False,
@@ -81,9 +83,9 @@ def generalized_dice_loss(
     sigmoid: bool = False,
     softmax: bool = False,
     other_act: OtherAct = None,
-    w_type: str = "square",
+    w_type: Literal["square", "simple", "uniform"] = "square",
     w_func: VolumeWeight | None = None,
-    reduction: str = "mean",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     smooth_nr: float = 1e-5,
     smooth_dr: float = 1e-5,
     batch: bool = False,
@@ -133,7 +135,7 @@ def tversky_loss(
     other_act: OtherAct = None,
     alpha: float = 0.5,
     beta: float = 0.5,
-    reduction: str = "mean",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     smooth_nr: float = 1e-5,
     smooth_dr: float = 1e-5,
     batch: bool = False,
@@ -192,7 +194,7 @@ def mcc_loss(
     sigmoid: bool = False,
     softmax: bool = False,
     other_act: OtherAct = None,
-    reduction: str = "mean",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     smooth_nr: float = 0.0,
     smooth_dr: float = 1e-5,
     batch: bool = False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def asymmetric_unified_focal_loss(
     weight: float = 0.5,
     gamma: float = 0.5,
     delta: float = 0.7,
-    reduction: str = "mean",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     ignore_index: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:

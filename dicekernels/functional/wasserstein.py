@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ def generalized_wasserstein_dice_loss(
     target: Tensor,
     dist_matrix: Any,
     *,
-    weighting_mode: str = "default",
-    reduction: str = "mean",
+    weighting_mode: Literal["default", "GDL"] = "default",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     smooth_nr: float = 1e-5,
     smooth_dr: float = 1e-5,
     ignore_index: int | None = None,

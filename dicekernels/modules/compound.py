@@ -5,8 +5,8 @@ Conventions: ``dicekernels.modules``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -39,6 +39,21 @@ class DiceCELoss(TwoHalves):
     """
 
     FACTORS: ClassVar[tuple[str, ...]] = ("lambda_dice", "lambda_ce")
+    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "reduction": ("dice.reduction", "cross_entropy.reduction", "binary_cross_entropy.reduction"),
+        "weight": ("cross_entropy.weight", "binary_cross_entropy.pos_weight", "dice.class_weight"),
+        "ignore_index": ("ignore_index", "dice.ignore_index"),
+    }
+    BESIDE: ClassVar[Mapping[str, Any]] = {
+        "dice.log_loss": False,
+        "cross_entropy.ignore_index": -100,
+        "binary_cross_entropy.weight": None,
+    }
+    PARTS: ClassVar[Mapping[str, type[nn.Module]]] = {
+        "dice": DiceLoss,
+        "cross_entropy": nn.CrossEntropyLoss,
+        "binary_cross_entropy": nn.BCEWithLogitsLoss,
+    }
     lambda_dice: float | Tensor
     lambda_ce: float | Tensor
 
@@ -51,7 +66,7 @@ class DiceCELoss(TwoHalves):
         other_act: Callable[[Tensor], Tensor] | None = None,
         squared_pred: bool = False,
         jaccard: bool = False,
-        reduction: str = "mean",
+        reduction: Literal["mean", "sum"] = "mean",
         smooth_nr: float = 1e-5,
         smooth_dr: float = 1e-5,
         batch: bool = False,
@@ -154,7 +169,7 @@ class DiceCELoss(TwoHalves):
             other_act=dice.other_act,
             squared_pred=dice.squared_pred,
             jaccard=dice.jaccard,
-            reduction=dice.reduction,
+            reduction=checks.option("reduction", dice.reduction, ("mean", "sum")),
             smooth_nr=dice.smooth_nr,
             smooth_dr=dice.smooth_dr,
             batch=dice.batch,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.loss import _Loss
 
 from .. import checks, functional
 from ..evaluate import record_line
@@ -15,12 +14,13 @@ from ..functional.focal import Alpha
 from ..overrides import remember
 from ..prepare import dense_labels
 from ..scripting import scriptable
+from .base import Loss
 from .halves import TwoHalves, bent
 from .overlap import DiceLoss, GeneralizedDiceLoss
 
 
 @remember("forward")
-class FocalLoss(_Loss):
+class FocalLoss(Loss):
     """``monai.losses.FocalLoss``; float32 for every dtype of the logits, as there.
 
     state_dict: ``class_weight`` if a weight is given.
@@ -29,6 +29,8 @@ class FocalLoss(_Loss):
         ValueError: as MONAI, for options or data that do not fit together.
     """
 
+    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": ("class_weight",)}
+
     def __init__(
         self,
         include_background: bool = True,
@@ -36,7 +38,7 @@ class FocalLoss(_Loss):
         gamma: float = 2.0,
         alpha: Alpha = None,
         weight: checks.Weight = None,
-        reduction: str = "mean",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         use_softmax: bool = False,
         ignore_index: int | None = None,
         *,
@@ -111,6 +113,19 @@ class DiceFocalLoss(TwoHalves):
     """
 
     FACTORS: ClassVar[tuple[str, ...]] = ("lambda_dice", "lambda_focal")
+    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "to_onehot_y": ("to_onehot_y",),
+        "reduction": ("dice.reduction", "focal.reduction"),
+        "weight": ("focal.class_weight", "dice.class_weight"),
+    }
+    BESIDE: ClassVar[Mapping[str, Any]] = {
+        "dice.to_onehot_y": False,
+        "dice.log_loss": False,
+        "focal.to_onehot_y": False,
+        "focal.mean_over_classes": True,
+        "focal.softmax_over_all": True,
+    }
+    PARTS: ClassVar[Mapping[str, type[nn.Module]]] = {"dice": DiceLoss, "focal": FocalLoss}
     lambda_dice: float | Tensor
     lambda_focal: float | Tensor
 
@@ -123,7 +138,7 @@ class DiceFocalLoss(TwoHalves):
         other_act: Callable[[Tensor], Tensor] | None = None,
         squared_pred: bool = False,
         jaccard: bool = False,
-        reduction: str = "mean",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         smooth_nr: float = 1e-5,
         smooth_dr: float = 1e-5,
         batch: bool = False,
@@ -227,6 +242,15 @@ class GeneralizedDiceFocalLoss(TwoHalves):
     """
 
     FACTORS: ClassVar[tuple[str, ...]] = ("lambda_gdl", "lambda_focal")
+    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "reduction": ("generalized_dice.reduction", "focal.reduction"),
+        "weight": ("focal.class_weight",),
+    }
+    BESIDE: ClassVar[Mapping[str, Any]] = {"focal.mean_over_classes": True, "focal.softmax_over_all": True}
+    PARTS: ClassVar[Mapping[str, type[nn.Module]]] = {
+        "generalized_dice": GeneralizedDiceLoss,
+        "focal": FocalLoss,
+    }
     lambda_gdl: float | Tensor
     lambda_focal: float | Tensor
 
@@ -237,8 +261,8 @@ class GeneralizedDiceFocalLoss(TwoHalves):
         sigmoid: bool = False,
         softmax: bool = False,
         other_act: Callable[[Tensor], Tensor] | None = None,
-        w_type: str = "square",
-        reduction: str = "mean",
+        w_type: Literal["square", "simple", "uniform"] = "square",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         smooth_nr: float = 1e-5,
         smooth_dr: float = 1e-5,
         batch: bool = False,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -26,6 +27,12 @@ class MaskedDiceLoss(DiceLoss):
         TypeError, ValueError: as MONAI, for options that do not fit together.
     """
 
+    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "weight": ("class_weight",),
+        **{name: (f"pre_{name}",) for name in ("sigmoid", "softmax", "other_act")},
+    }
+    BESIDE: ClassVar[Mapping[str, Any]] = {"ignore_index": None, "log_loss": False}
+
     def __init__(
         self,
         include_background: bool = True,
@@ -35,7 +42,7 @@ class MaskedDiceLoss(DiceLoss):
         other_act: Callable[[Tensor], Tensor] | None = None,
         squared_pred: bool = False,
         jaccard: bool = False,
-        reduction: str = "mean",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         smooth_nr: float = 1e-5,
         smooth_dr: float = 1e-5,
         batch: bool = False,

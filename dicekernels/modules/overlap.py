@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.loss import _Loss
 
 from .. import checks, functional
 from ..overrides import overridden, remember
 from ..prepare import OtherAct
 from ..scripting import scriptable
+from .base import Loss
 
 
-class _OverlapLoss(_Loss):
+class _OverlapLoss(Loss):
     """What Dice, generalized Dice and Tversky share: activation, one-hot, background, smoothing."""
 
     def __init__(
@@ -75,6 +75,8 @@ class DiceLoss(_OverlapLoss):
         TypeError, ValueError: as MONAI, for options that do not fit together.
     """
 
+    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": ("class_weight",)}
+
     def __init__(
         self,
         include_background: bool = True,
@@ -84,7 +86,7 @@ class DiceLoss(_OverlapLoss):
         other_act: Callable[[Tensor], Tensor] | None = None,
         squared_pred: bool = False,
         jaccard: bool = False,
-        reduction: str = "mean",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         smooth_nr: float = 1e-5,
         smooth_dr: float = 1e-5,
         batch: bool = False,
@@ -142,8 +144,8 @@ class GeneralizedDiceLoss(_OverlapLoss):
         sigmoid: bool = False,
         softmax: bool = False,
         other_act: Callable[[Tensor], Tensor] | None = None,
-        w_type: str = "square",
-        reduction: str = "mean",
+        w_type: Literal["square", "simple", "uniform"] = "square",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         smooth_nr: float = 1e-5,
         smooth_dr: float = 1e-5,
         batch: bool = False,
@@ -164,7 +166,9 @@ class GeneralizedDiceLoss(_OverlapLoss):
             soft_label,
             ignore_index,
         )
-        self.w_type = checks.option("w_type", w_type, ("square", "simple", "uniform"))
+        self.w_type: Literal["square", "simple", "uniform"] = checks.option(
+            "w_type", w_type, ("square", "simple", "uniform")
+        )
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.generalized_dice_loss`` with the options of this module."""
@@ -203,7 +207,7 @@ class TverskyLoss(_OverlapLoss):
         other_act: Callable[[Tensor], Tensor] | None = None,
         alpha: float = 0.5,
         beta: float = 0.5,
-        reduction: str = "mean",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         smooth_nr: float = 1e-5,
         smooth_dr: float = 1e-5,
         batch: bool = False,
@@ -243,7 +247,7 @@ class TverskyLoss(_OverlapLoss):
 
 
 @remember("forward")
-class MCCLoss(_Loss):
+class MCCLoss(Loss):
     """``monai.losses.MCCLoss``, 1 - Matthews' correlation coefficient, with ``ignore_index``.
 
     Raises:
@@ -257,7 +261,7 @@ class MCCLoss(_Loss):
         sigmoid: bool = False,
         softmax: bool = False,
         other_act: Callable[[Tensor], Tensor] | None = None,
-        reduction: str = "mean",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         smooth_nr: float = 0.0,
         smooth_dr: float = 1e-5,
         batch: bool = False,

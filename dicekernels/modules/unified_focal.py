@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
@@ -9,6 +12,7 @@ from .. import checks
 from ..functional.unified_focal import Half, two_halves_loss
 from ..overrides import remember
 from ..scripting import scriptable
+from .base import Loss
 
 
 class _HalfSettings(_Loss):
@@ -43,7 +47,7 @@ class _HalfSettings(_Loss):
 
 
 @remember("forward")
-class AsymmetricUnifiedFocalLoss(_Loss):
+class AsymmetricUnifiedFocalLoss(Loss):
     """``monai.losses.AsymmetricUnifiedFocalLoss``, with voxel weights.
 
     As in MONAI, ``gamma`` and ``delta`` of the two halves are those of ``asy_focal_loss`` and
@@ -53,6 +57,18 @@ class AsymmetricUnifiedFocalLoss(_Loss):
         ValueError: an unknown reduction.
     """
 
+    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **{name: (name,) for name in ("to_onehot_y", "reduction", "ignore_index")},
+        **{name: (f"asy_focal_loss.{name}", f"asy_focal_tversky_loss.{name}") for name in ("gamma", "delta")},
+    }
+    BESIDE: ClassVar[Mapping[str, Any]] = {
+        "asy_focal_loss.epsilon": 1e-7,
+        "asy_focal_tversky_loss.epsilon": 1e-7,
+    }
+    PARTS: ClassVar[Mapping[str, type[nn.Module]]] = {
+        "asy_focal_loss": _HalfSettings,
+        "asy_focal_tversky_loss": _HalfSettings,
+    }
     asy_focal_loss: _HalfSettings
     asy_focal_tversky_loss: _HalfSettings
 
@@ -63,7 +79,7 @@ class AsymmetricUnifiedFocalLoss(_Loss):
         weight: float = 0.5,
         gamma: float = 0.5,
         delta: float = 0.7,
-        reduction: str = "mean",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         ignore_index: int | None = None,
     ) -> None:
         super().__init__(reduction=checks.option("reduction", reduction, ("mean", "sum", "none")))

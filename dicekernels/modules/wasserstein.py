@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.loss import _Loss
 
 from .. import checks
 from ..functional.wasserstein import MODES, normalised, normalised_wasserstein_dice_loss
 from ..overrides import refuse, remember
 from ..scripting import scriptable
+from .base import Loss
 
 # MONAI's steps of the dense formula.
 _STEPS = (
@@ -23,7 +24,7 @@ _STEPS = (
 
 
 @remember("forward")
-class GeneralizedWassersteinDiceLoss(_Loss):
+class GeneralizedWassersteinDiceLoss(Loss):
     """``monai.losses.GeneralizedWassersteinDiceLoss``, with ``ignore_index`` and voxel weights.
 
     ``dist_matrix`` (C, C) is a NumPy array, a tensor or a nested list. The attribute ``m`` holds it, divided
@@ -34,11 +35,16 @@ class GeneralizedWassersteinDiceLoss(_Loss):
         ValueError: as MONAI, for a matrix that is not square or an unknown option.
     """
 
+    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "dist_matrix": ("m",),
+        "weighting_mode": ("alpha_mode",),
+    }
+
     def __init__(
         self,
         dist_matrix: Any,
-        weighting_mode: str = "default",
-        reduction: str = "mean",
+        weighting_mode: Literal["default", "GDL"] = "default",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         smooth_nr: float = 1e-5,
         smooth_dr: float = 1e-5,
         *,

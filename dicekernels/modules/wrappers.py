@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.loss import _Loss
 
 from .. import checks
 from ..overrides import remember
 from ..prepare import kernel_dtype, like_input, plain
 from ..scripting import scriptable
+from .base import Loss
 from .compound import DiceCELoss
 from .focal import DiceFocalLoss, FocalLoss, GeneralizedDiceFocalLoss
 from .halves import TwoHalves
@@ -41,7 +41,7 @@ PICKS = ("nearest-exact", "nearest")
 
 
 @remember("forward", "get_loss", "get_weights")
-class DeepSupervisionLoss(_Loss):
+class DeepSupervisionLoss(Loss):
     """``monai.losses.DeepSupervisionLoss``: sum over levels of weight times loss.
 
     Level l is an output (B, C, *S_l); the target (B, 1 or C, *S), or labels (B, *S), is resized to S_l
@@ -55,12 +55,13 @@ class DeepSupervisionLoss(_Loss):
     state_dict: that of the loss, under ``loss.``.
     """
 
+    BESIDE: ClassVar[Mapping[str, Any]] = {"interp_mode": "nearest-exact"}
     weights: Sequence[float] | None
 
     def __init__(
         self,
         loss: Callable[..., Tensor],
-        weight_mode: str = "exp",
+        weight_mode: Literal["same", "exp", "two"] = "exp",
         weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
@@ -131,7 +132,7 @@ class DeepSupervisionLoss(_Loss):
 
 
 @remember("forward")
-class MaskedLoss(_Loss):
+class MaskedLoss(Loss):
     """``monai.losses.MaskedLoss``: the loss of ``input * mask`` and ``target * mask``.
 
     Args:
