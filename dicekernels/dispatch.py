@@ -187,6 +187,18 @@ def refusals(logits: Tensor) -> dict[str, str]:
     return {name: _unavailable[name] or backend.can_run(*facts) for name, backend in BACKENDS.items()}
 
 
+def no_kernel(logits: Tensor) -> str:
+    """Why the kernels for the device of these logits do not run them, in one line, or ""."""
+    if _forced is not None:
+        return "'eager' is forced" if _forced == "eager" else ""
+    reasons = refusals(logits)
+    del reasons["eager"]
+    if not all(reasons.values()):
+        return ""
+    reason = reasons["cpu" if logits.device.type == "cpu" else "cuda"]
+    return reason.splitlines()[0]
+
+
 def choose(logits: Tensor) -> Backend:
     """The backend for these logits: the forced one, else the first that takes them.
 

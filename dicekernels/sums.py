@@ -10,7 +10,7 @@ from torch import Tensor
 from . import checks, dispatch
 from .autograd import total_sums
 from .backends import eager
-from .evaluate import record_line
+from .evaluate import record_step
 from .prepare import kernel_dtype, plain
 from .spec import (
     BAD,
@@ -128,11 +128,14 @@ def region_sums(
                 f"backend {forced!r} was forced, but {others[0]} requires a gradient, and the kernels "
                 "differentiate the logits alone; detach it or force 'eager'"
             )
-        record_line(f"backend: eager ({others[0]} requires a gradient); region_sums")
+        reason = f"{others[0]} requires a gradient"
+        record_step(f"backend: eager ({reason}); region_sums", "eager", reason, whole=True)
         totals = eager.sums(logits, target, mask, spec).sum(1)
     else:
         backend = dispatch.choose(logits)
-        record_line(f"backend: {backend.name}; region_sums of {', '.join(row_names(rows))}")
+        named_rows = ", ".join(row_names(rows))
+        line = f"backend: {backend.name}; region_sums of {named_rows}"
+        record_step(line, backend.name, dispatch.no_kernel(logits))
         totals = total_sums(logits, target, mask, spec, backend.namespace)
     named = dict(zip(row_names(rows), totals.unbind(-1), strict=True))
     named.pop("BAD", None)

@@ -239,7 +239,8 @@ import torch, dicekernels
 loss = dicekernels.DiceCELoss(to_onehot_y=True, softmax=True)
 logits, labels = torch.arange(24.0).sin().view(1, 3, 8).requires_grad_(), torch.arange(8).view(1, 1, 8) % 3
 lines = dicekernels.explain(loss, logits, labels).splitlines()
-print([line for line in lines[:4] if "not cuda" not in line])
+print(lines[0].partition(';')[0])
+print([line for line in lines[1:5] if "not cuda" not in line])
 values = []
 for name in ("cpu", "triton"):
     with dicekernels.use_backend(name):
@@ -253,7 +254,8 @@ except RuntimeError as error:
 """
     done = child(code, TRITON_INTERPRET="1", DICEKERNELS_BACKEND="triton")
     assert done.returncode == 0, done.stderr
-    explained, values, refusal = done.stdout.splitlines()
+    sentence, explained, values, refusal = done.stdout.splitlines()
+    assert sentence == "Runs in one pass forward and one backward on the triton kernels"
     assert explained == str(
         ["backend: triton", "  not cpu: 'triton' is forced", "  not eager: 'triton' is forced"]
     )

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from .. import checks, functional
-from ..evaluate import record_line
+from ..evaluate import record_step
 from ..overrides import overridden, remember
 from .halves import TwoHalves, bent
 from .overlap import DiceLoss
@@ -192,7 +192,7 @@ class DiceCELoss(TwoHalves):
             )
         checks.tensors(input, target, mask)
         checks.dice_ce_shapes(input, target)
-        record_line(f"two passes, the cross entropy in PyTorch: {reason}")
+        record_step(f"two passes, the cross entropy in PyTorch: {reason}", "eager", reason, whole=True)
         voxel = self.bce(input, target) if binary else self.ce(input, target)
         total: Tensor = self.lambda_dice * self.dice(input, target) + self.lambda_ce * voxel
         return total

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks, functional
-from ..evaluate import record_line
+from ..evaluate import record_step
 from ..functional.focal import Alpha
 from ..overrides import remember
 from ..prepare import dense_labels
@@ -194,7 +194,7 @@ class DiceFocalLoss(TwoHalves):
         if reason:
             checks.tensors(input, target, mask)
             checks.dice_ce_shapes(input, target)
-            record_line(f"two passes: {reason}")
+            record_step(f"two passes: {reason}", reason=reason)
             if self.to_onehot_y:
                 target = dense_labels(target, input, dice.ignore_index)
             more = {} if mask is None else {"mask": mask}
@@ -316,7 +316,7 @@ class GeneralizedDiceFocalLoss(TwoHalves):
         if reason:
             checks.tensors(input, target, mask)
             checks.dice_ce_shapes(input, target)
-            record_line(f"two passes: {reason}")
+            record_step(f"two passes: {reason}", reason=reason)
             more = {} if mask is None else {"mask": mask}
             total: Tensor = self.lambda_gdl * gdl(input, target, **more)
             total = total + self.lambda_focal * focal(input, target, **more)
