@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, hints
 from .backends import eager
 from .spec import BAD, Activation, SumsSpec
 
@@ -114,11 +114,13 @@ def prepare(
     other_act: OtherAct,
     ignore_index: int | None,
     mismatch: type[Exception] = AssertionError,
+    signed_mask: bool = False,
 ) -> Inputs:
     """Checks the data and applies the options.
 
     Raises:
-        TypeError, ValueError: not tensors, different devices, a mask of another shape, two activations.
+        TypeError, ValueError: not tensors, different devices, a mask of another shape or (unless
+            ``signed_mask``) below 0, two activations.
         mismatch: the target's shape does not fit (its type is MONAI's for the loss).
         AssertionError: labels without a channel of their own.
         NotImplementedError: softmax of integers (torch's type).
@@ -135,9 +137,7 @@ def prepare(
         if channels == 1:
             warn_single_channel("softmax=True")
         elif not logits.is_floating_point():
-            raise NotImplementedError(
-                f"logits: got {logits.dtype}, expected a floating dtype for softmax=True; use logits.float()"
-            )
+            raise NotImplementedError(hints.of_integer_logits(logits, target, " for softmax=True"))
         else:
             activation = Activation.SOFTMAX
     if other_act is not None:
@@ -163,7 +163,7 @@ def prepare(
             f"other_act made {logits.shape[1]} of them"
         )
     _check_target(logits, target, dense, mismatch)
-    checks.mask_shape(mask, logits)
+    (checks.mask_shape if signed_mask else checks.voxel_weights)(mask, logits)
     promoted = torch.promote_types(
         logits.dtype if logits.is_floating_point() else torch.float32,
         target.dtype if dense else torch.float32,
@@ -205,24 +205,19 @@ def prepare(
 
 def _check_target(logits: Tensor, target: Tensor, dense: bool, mismatch: type[Exception]) -> None:
     shape, expected = tuple(target.shape), tuple(logits.shape)
+    different = f"ground truth has different shape ({target.shape}) from input ({logits.shape}). "
     if dense:
         if shape != expected:
-            hint = (
-                "; pass to_onehot_y=True for a label map" if shape == (expected[0], 1, *expected[2:]) else ""
-            )
-            raise mismatch(
-                f"ground truth has different shape ({target.shape}) from input ({logits.shape}){hint}"
-            )
+            raise mismatch(different + hints.of_target(logits, target, False))
         return
     if shape == (expected[0], *expected[2:]) and len(shape) > 1:
         return
     if target.ndim < 2 or shape[1] != 1:
         raise AssertionError(
-            f"labels should have a channel with length equal to one. target: got shape {shape}, expected "
-            f"{(expected[0], 1, *expected[2:])}; a one-hot target goes with to_onehot_y=False"
+            "labels should have a channel with length equal to one. " + hints.of_target(logits, target, True)
         )
     if (shape[0], *shape[2:]) != (expected[0], *expected[2:]):
-        raise mismatch(f"ground truth has different shape ({target.shape}) from input ({logits.shape})")
+        raise mismatch(different + hints.of_target(logits, target, True))
 
 
 def _dense_ignore_mask(target: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:

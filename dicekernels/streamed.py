@@ -16,6 +16,7 @@ from torch import Tensor
 from . import dispatch
 from .backends import eager
 from .evaluate import record_step
+from .kinds import traced
 from .spec import BAD, Activation, SumsSpec
 
 # Called with the pieces (B, C, v), (B or 1, K, v), ...; None stays None.
@@ -70,13 +71,6 @@ def sums_by_label(x: Tensor, labels: Tensor, classes: int) -> Tensor:
     # Elsewhere a scatter adds in any order.
     of_class = labels == torch.arange(classes, device=labels.device).view(1, -1, 1)
     return voxel_sums(torch.where(of_class, x, 0.0))
-
-
-def traced() -> bool:
-    """Whether torch.compile, torch.export or torch.jit.trace follows this call and may read no tensor."""
-    # torch documents is_tracing, but neither exports nor types it.
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return torch.compiler.is_compiling() or tracing
 
 
 def record_streamed(

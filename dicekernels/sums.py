@@ -90,7 +90,7 @@ def region_sums(
         LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (CPU).
     """
     checks.tensors(logits, target, mask)
-    checks.mask_shape(mask, logits)
+    checks.voxel_weights(None if mask is None else plain(mask), logits)
     checks.region_options(logits, target, activation, overlap, voxel_term, mask_mode, gamma, first_class)
     ignore_index = checks.index(ignore_index)
     logits, target = plain(logits), kernel_dtype(plain(target))

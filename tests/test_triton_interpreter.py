@@ -88,7 +88,16 @@ GROUPS = {
         8,
     ),
     "losses": Group(
-        ("focal", "monai_modules", "monai_extras", "monai_differential"),
+        (
+            "focal",
+            "halves",
+            "ignored",
+            "overrides",
+            "devices",
+            "monai_modules",
+            "monai_extras",
+            "monai_differential",
+        ),
         "not (whole or beyond_float16 or extras_are) or (whole and mean-False)"
         " or (extras_are and values and dtype0)",
         161,

@@ -70,13 +70,17 @@ def dice_ce_loss(
         other_act,
         ignore_index,
     )
-    voxel_weight = checks.placed("weight", weight, logits.device)
+    voxel_weight = checks.as_weight(weight, device=logits.device)
     if isinstance(dice_weight, str):
+        checks.option("dice_weight", dice_weight, ("weight",))
         dice_weight = voxel_weight
         if voxel_weight is not None and voxel_weight.ndim > 0:
             dice_weight = voxel_weight[inputs.skipped :]
     class_weight = checks.class_weight(
-        checks.placed("dice_weight", dice_weight, logits.device), inputs.classes
+        checks.as_weight(dice_weight, "dice_weight", logits.device),
+        inputs.classes,
+        inputs.skipped,
+        voxel_weight,
     )
     voxel_weight = checks.ce_weight(voxel_weight, logits.shape[1])
     term = ce_term(inputs, reduction, voxel_weight is not None, label_smoothing, ce_include_background)
@@ -157,8 +161,10 @@ def _with_focal(
         overlap.spec.finish, denominator=term.finish.denominator, voxel_skipped=term.finish.voxel_skipped
     )
     overlap.spec = LossSpec(sums, finish)
-    balance = checks.focal_alpha(alpha, inputs.classes, inputs.logits.device)
-    factor = checks.focal_weight(checks.placed("weight", weight, inputs.logits.device), inputs.classes)
+    device = inputs.logits.device
+    balance = checks.focal_alpha(alpha, inputs.classes, inputs.skipped, device)
+    weight = checks.as_weight(weight, device=device)
+    factor = checks.focal_weight(weight, inputs.classes, inputs.skipped)
     overlap.pos_weight, overlap.neg_weight = focal_factors(balance, factor, inputs, use_softmax)
     overlap.dtype = torch.promote_types(overlap.dtype, torch.float32)  # MONAI's focal half is float32
     return overlap
@@ -210,6 +216,7 @@ def dice_focal_loss(
     region_lambda = checks.factor("lambda_dice", lambda_dice, logits)
     voxel_lambda = checks.factor("lambda_focal", lambda_focal, logits)
     if isinstance(dice_weight, str):
+        checks.option("dice_weight", dice_weight, ("weight",))
         dice_weight = weight
     focal: dict[str, Any] = {
         "include_background": include_background,
@@ -260,9 +267,8 @@ def dice_focal_loss(
         warn_single_channel("include_background=False")  # MONAI's halves both warn
     finish = dice_finish(inputs, jaccard, smooth_nr, smooth_dr, batch, reduction)
     call = overlap_call(inputs, overlap_of(squared_pred, soft_label), finish)
-    call.class_weight = checks.class_weight(
-        checks.placed("dice_weight", dice_weight, logits.device), inputs.classes
-    )
+    dice_weight = checks.as_weight(dice_weight, device=logits.device)
+    call.class_weight = checks.class_weight(dice_weight, inputs.classes, inputs.skipped)
     by_voxels = ignore_index is not None and not mean_over_classes
     call = _with_focal(
         call, inputs, reduction, gamma, alpha, weight, use_softmax, by_voxels, softmax_over_all

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,13 +25,7 @@ def focal_dense_reason(logits: Tensor, target: Tensor, options: dict[str, Any]) 
         return 'reduction="none" of the focal loss is a map of the size of the logits'
     alpha = options.get("alpha")
     soft = target.is_floating_point() and (logits.shape[1] == 1 or not options.get("to_onehot_y"))
-    if (
-        alpha is None
-        or options.get("use_softmax")
-        or not soft
-        or isinstance(alpha, (float, int))
-        or torch.as_tensor(alpha).ndim == 0
-    ):
+    if alpha is None or options.get("use_softmax") or not soft or np.ndim(alpha) == 0:
         return ""
     return "an alpha of each class acts only where a soft target is 1, which no sum over the voxels tells"
 
@@ -138,12 +133,13 @@ def focal_loss(
         inputs.logits, inputs.target = inputs.logits * inputs.mask, inputs.target * inputs.mask
         inputs.notes += ("logits and target are multiplied by the fractions of the ignored class",)
     warn_constant(logits.shape[1], inputs.skipped, use_softmax, softmax_over_all)
-    balance = checks.focal_alpha(alpha, inputs.classes, logits.device)
+    balance = checks.focal_alpha(alpha, inputs.classes, inputs.skipped, logits.device)
     by_voxels = ignore_index is not None and not mean_over_classes
     spec = focal_term(
         inputs, getattr(reduction, "value", reduction), gamma, use_softmax, by_voxels, softmax_over_all
     )
     call = Call(inputs.logits, inputs.target, inputs.mask, spec, dtype, notes=inputs.notes)
-    factor = checks.focal_weight(checks.placed("weight", weight, logits.device), inputs.classes)
+    weight = checks.as_weight(weight, device=logits.device)
+    factor = checks.focal_weight(weight, inputs.classes, inputs.skipped)
     call.pos_weight, call.neg_weight = focal_factors(balance, factor, inputs, use_softmax)
     return like_input(call.run(), logits, target)

@@ -86,7 +86,9 @@ def _fitted(mask: Tensor, logits: Tensor, target: Tensor) -> Tensor:
         raise ValueError(f"Batch size of mask ({mask.shape}) must be one or equal to input ({logits.shape}).")
     if target.dim() > 1:
         if mask.shape[1] != 1:
-            raise ValueError(f"Mask ({mask.shape}) must have only one channel.")
+            raise ValueError(
+                f"Mask ({mask.shape}) must have only one channel. A map (B, *S) wants mask[:, None]."
+            )
         if logits.shape[2:] != mask.shape[2:]:
             shapes.append(f"Spatial size of input ({logits.shape}) is different from mask ({mask.shape}).")
     for message in shapes:
@@ -142,6 +144,7 @@ def _masked(
         softmax,
         other_act,
         None,
+        signed_mask=True,
     )
     if not labels:
         inputs.product_mask = True
@@ -158,7 +161,8 @@ def _masked(
     if labels:
         inputs.notes += ("the label map times the mask is made once and kept for backward",)
     call = overlap_call(inputs, overlap, finish)
-    call.class_weight = checks.class_weight(checks.placed("weight", weight, logits.device), inputs.classes)
+    weight = checks.as_weight(weight, device=logits.device)
+    call.class_weight = checks.class_weight(weight, inputs.classes, inputs.skipped)
     if labels and inputs.mask is not None:
         call.missed = _missed(call)
     if finish.reduction == Reduction.NONE:

@@ -67,7 +67,8 @@ def dice_loss(
     transform = Transform.LOG if log_loss else Transform.LINEAR
     finish = dice_finish(inputs, jaccard, smooth_nr, smooth_dr, batch, reduction, transform)
     call = overlap_call(inputs, overlap_of(squared_pred, soft_label), finish)
-    call.class_weight = checks.class_weight(checks.placed("weight", weight, logits.device), inputs.classes)
+    weight = checks.as_weight(weight, device=logits.device)
+    call.class_weight = checks.class_weight(weight, inputs.classes, inputs.skipped)
     if finish.reduction == Reduction.NONE:
         call.shape = (*terms_shape(inputs, batch), *ones_shape(inputs))
     return like_input(call.run(), logits, target)

@@ -9,10 +9,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, hints
 from ..backends import eager
+from ..kinds import traced
 from ..prepare import kernel_dtype, like_input, plain
-from ..streamed import check_labels, label_spec, record_streamed, streamed_sums, traced, voxel_sums
+from ..streamed import check_labels, label_spec, record_streamed, streamed_sums, voxel_sums
+
+NAMES = ("y_pred", "y_true")
 
 
 class Half(NamedTuple):
@@ -104,9 +107,11 @@ def two_halves_loss(
     checks.option("reduction", reduction, ("mean", "sum", "none"))
     weight = checks.constant("weight", weight)
     ignore_index = checks.index(ignore_index)
-    checks.tensors(y_pred, y_true, mask)
+    checks.tensors(y_pred, y_true, mask, NAMES)
     if y_pred.ndim not in (4, 5):
-        raise ValueError(f"input shape must be 4 or 5, but got {y_pred.shape}")
+        raise ValueError(
+            f"input shape must be 4 or 5, but got {y_pred.shape}: y_pred is (B, C, *S), S of 2 or 3 sizes"
+        )
     one_hot = to_onehot_y and y_pred.shape[1] != 1
     if y_pred.shape[1] == 1 and not traced():
         if to_onehot_y:
@@ -118,8 +123,8 @@ def two_halves_loss(
                 stacklevel=3,
             )
     p, g = plain(y_pred), _target(plain(y_pred), kernel_dtype(plain(y_true)), one_hot, num_classes)
-    checks.mask_shape(mask, p)
     m = None if mask is None else kernel_dtype(plain(mask))
+    checks.voxel_weights(m, p)
     if ignore_index is None and not one_hot:
         _check_values(g, num_classes, y_pred.shape[1] == 1)
     dtype = _loss_dtype(p, g, one_hot, ignore_index)
@@ -139,21 +144,19 @@ def two_halves_loss(
 
 def _target(p: Tensor, g: Tensor, one_hot: bool, num_classes: int) -> Tensor:
     """Labels (B, 1, *S), or values of the shape of p."""
-    different = f"ground truth has different shape ({g.shape}) from input ({p.shape})"
+    different = f"ground truth has different shape ({g.shape}) from input ({p.shape}). "
     if not one_hot:
         if g.shape != p.shape:
-            hint = "; pass to_onehot_y=True for a label map" if g.ndim == p.ndim and g.shape[1] == 1 else ""
-            raise ValueError(different + hint)
+            raise ValueError(different + hints.of_target(p, g, False, NAMES))
         return g
     if g.shape == (p.shape[0], *p.shape[2:]):
         g = g[:, None]
     if g.ndim < 2 or g.shape[1] != 1:
         raise AssertionError(
-            f"labels should have a channel with length equal to one. y_true: got shape {tuple(g.shape)}, "
-            f"expected {(p.shape[0], 1, *p.shape[2:])}; a one-hot target goes with to_onehot_y=False"
+            "labels should have a channel with length equal to one. " + hints.of_target(p, g, True, NAMES)
         )
     if g.shape != (p.shape[0], 1, *p.shape[2:]):
-        raise ValueError(different)
+        raise ValueError(different + hints.of_target(p, g, True, NAMES))
     if num_classes != p.shape[1]:
         raise ValueError(
             f"ground truth has different shape: one-hot of num_classes={num_classes}, "

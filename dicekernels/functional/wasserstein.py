@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, hints
 from ..backends import eager
+from ..kinds import as_tensor
 from ..prepare import kernel_dtype, like_input, plain
 from ..streamed import check_labels, label_spec, record_streamed, streamed_sums, sums_by_label
 
@@ -74,8 +75,9 @@ def normalised(dist_matrix: Any) -> Tensor:
     matrix = dist_matrix
     if isinstance(matrix, np.ndarray):
         matrix = torch.from_numpy(matrix)
-    elif not isinstance(matrix, Tensor):
-        matrix = torch.as_tensor(matrix, device="cpu")
+    else:
+        expected = "a C x C matrix as nested lists, an array or a tensor"
+        matrix = as_tensor("dist_matrix", matrix, expected, "cpu")
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         shape = " x ".join(map(str, matrix.shape)) or "a number"
         raise ValueError(f"dist_matrix must be C x C, got {shape}.")
@@ -100,9 +102,9 @@ def normalised_wasserstein_dice_loss(
     smooth_nr, smooth_dr = checks.constant("smooth_nr", smooth_nr), checks.constant("smooth_dr", smooth_dr)
     ignore_index = checks.index(ignore_index)
     checks.tensors(logits, target, mask)
-    checks.mask_shape(mask, logits)
     z, labels = plain(logits), _labels(logits, target, matrix)
     weights = None if mask is None else kernel_dtype(plain(mask))
+    checks.voxel_weights(weights, z)
     classes = matrix.shape[0]
     dtype = torch.promote_types(torch.promote_types(z.dtype, matrix.dtype), torch.float32)
     record_streamed("generalized_wasserstein_dice_loss", z, (weights,), (matrix,))
@@ -128,21 +130,20 @@ def normalised_wasserstein_dice_loss(
 def _labels(logits: Tensor, target: Tensor, matrix: Tensor) -> Tensor:
     """(B, 1, *S), after the checks of type and shape."""
     if not logits.is_floating_point():
-        raise NotImplementedError(
-            f"logits: got {logits.dtype}, expected a floating dtype; use logits.float()"
-        )
+        raise NotImplementedError(hints.of_integer_logits(logits, target))
     shape, classes = tuple(logits.shape), matrix.shape[0]
     if shape[1] != classes:
         raise RuntimeError(
             f"logits: got {shape[1]} channels (shape {shape}), expected {classes} as dist_matrix has classes"
+            + hints.target_remedy(list(shape), list(target.shape), True, hints.swapped(logits, target))
         )
     samples, space = shape[0], shape[2:]
     voxels = logits.shape[2:].numel()
     if target.ndim == 0 or target.shape[0] != samples or target.numel() != samples * voxels:
-        raise RuntimeError(
-            f"target: got shape {tuple(target.shape)}, expected labels {(samples, 1, *space)} or "
-            f"{(samples, *space)} for logits {shape}; a one-hot target wants target.argmax(1)"
-        )
+        text = hints.of_target(logits, target, True)
+        if target.shape == logits.shape:
+            text = text.partition(";")[0] + "; a one-hot target wants target.argmax(1)"
+        raise RuntimeError(text)
     return kernel_dtype(plain(target)).detach().reshape(samples, 1, *space)
 
 

@@ -154,7 +154,7 @@ class DiceCELoss(TwoHalves):
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.dice_ce_loss`` with the options of this module."""
-        binary = isinstance(input, Tensor) and input.ndim > 1 and input.shape[1] == 1
+        binary = checks.single_channel(input)
         reason = self.apart_reason(binary)
         if reason:
             return self._apart(input, target, mask, binary, reason)

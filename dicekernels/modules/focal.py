@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from .. import checks, functional
@@ -53,7 +52,7 @@ class FocalLoss(Loss):
         self.use_softmax = use_softmax
         self.alpha: float | Tensor | None = None
         if alpha is not None:
-            self.alpha = float(alpha) if isinstance(alpha, (float, int)) else torch.as_tensor(alpha)
+            self.alpha = float(alpha) if isinstance(alpha, (float, int)) else checks.as_alpha(alpha)
         self.register_buffer("class_weight", checks.as_weight(weight))
         self.class_weight: Tensor | None  # not in the class: TorchScript would read it there
         self.ignore_index = ignore_index

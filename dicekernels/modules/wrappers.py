@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks
-from ..overrides import remember
+from .. import checks, hints
+from ..kinds import tensor
+from ..overrides import overridden, remember
 from ..prepare import kernel_dtype, like_input, plain
 from ..scripting import scriptable
 from .base import Loss
@@ -82,12 +83,16 @@ class DeepSupervisionLoss(Loss):
     def get_loss(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """The loss of one level, target and mask resized to it; a subclass may override it."""
         space = input.shape[2:]
+        if target.ndim not in (input.ndim - 1, input.ndim):
+            raise ValueError(hints.of_target(input, target, False))
         if target.ndim == input.ndim - 1:
             target = _resized(target[:, None], space, self.interp_mode)[:, 0]
         else:
             target = _resized(target, space, self.interp_mode)
         if mask is None:
             return self.loss(input, target)
+        if mask.ndim != input.ndim:
+            checks.mask_shape(mask, input)
         mode = self.interp_mode if self.interp_mode in PICKS else PICKS[0]
         return self.loss(input, target, mask=_resized(mask, space, mode))
 
@@ -118,6 +123,7 @@ class DeepSupervisionLoss(Loss):
             return self.loss(_for_loss(self.loss, input, target), target, **extra)
         if not isinstance(input, (list, tuple)):
             raise TypeError(f"input: got {type(input).__name__}, expected a list of tensors or one tensor")
+        _check_levels(input, target, mask)
         total = torch.zeros((), device=target.device)
         weights = self.get_weights(len(input))
         for level, output in enumerate(input):
@@ -174,6 +180,8 @@ class MaskedLoss(Loss):
         if mask is None:
             _warn("No mask value specified for the MaskedLoss.")
             return self.loss(input, target)
+        tensor("input", input)
+        tensor("target", target)
         if input.ndim != mask.ndim:
             _warn(f"Dim of input ({input.shape}) is different from mask ({mask.shape}).")
         if mask.shape[0] not in (1, input.shape[0]):
@@ -187,7 +195,7 @@ class MaskedLoss(Loss):
                 )
             if input.shape[2:] != mask.shape[2:]:
                 _warn(f"Spatial size of input ({input.shape}) is different from mask ({mask.shape}).")
-        return self.loss(input * mask, target * mask)
+        return self.loss(_masked("input", input, mask), _masked("target", target, mask))
 
 
 def _warn(text: str) -> None:
@@ -195,9 +203,38 @@ def _warn(text: str) -> None:
         warnings.warn(text, UserWarning, stacklevel=3)
 
 
+def _masked(name: str, values: Tensor, mask: Tensor) -> Tensor:
+    try:
+        return values * mask
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"mask: got shape {tuple(mask.shape)} on {mask.device}, expected (B, 1, *S) beside "
+            f"the {name} of shape {tuple(values.shape)} on {values.device}; torch: {error}"
+        ) from error
+
+
+def _check_levels(outputs: Sequence[Tensor], target: Any, mask: Any) -> None:
+    """Raises TypeError or ValueError for what cannot be resized to every output."""
+    for level, output in enumerate(outputs):
+        tensor(f"input[{level}]", output)
+    if isinstance(target, (list, tuple)):
+        raise TypeError(
+            f"target: got a {type(target).__name__} of {len(target)}, expected one tensor, which is "
+            "resized to the space of each output here; pass the finest, target[0]"
+        )
+    tensor("target", target)
+    if mask is not None:
+        tensor("mask", mask)
+
+
 def _for_loss(loss: Callable[..., Tensor], output: Tensor, target: Tensor) -> Tensor:
     """The output in float32, or as it is where the loss computes the same from it."""
-    if output.dtype in HALVES and _reads_half(loss, output) and _result_is_float32(output, target):
+    if (
+        output.dtype in HALVES
+        and isinstance(target, Tensor)
+        and _reads_half(loss, output)
+        and _result_is_float32(output, target)
+    ):
         return output
     return output.float()
 
@@ -208,7 +245,9 @@ def _reads_half(loss: Callable[..., Tensor], output: Tensor) -> bool:
     assert isinstance(loss, nn.Module)
     if isinstance(loss, TwoHalves) and loss.apart_reason(output.shape[1] == 1):
         return False
-    # An activation or hooks of the user's see the output itself.
+    # An override, an activation or hooks of the user's see the output itself.
+    if overridden(loss, type(loss)):
+        return False
     return not any(
         getattr(module, "other_act", None) is not None or checks.hooked(module) for module in loss.modules()
     )

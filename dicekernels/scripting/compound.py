@@ -74,6 +74,8 @@ class DiceCE(Halves):
     def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """As ``DiceCELoss.forward``."""
         rows.check_two_halves(input, target)
+        if self.cross_entropy.weight is not None and input.shape[1] > 1:
+            rows.ce_weight(self.cross_entropy.weight, input.shape[1])
         acted = self.dice.acted(input)
         one_hot = self.dice.one_hot(input, acted, self.dice.to_onehot_y)
         dice = self.dice.loss(acted, target, mask, one_hot)

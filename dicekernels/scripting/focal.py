@@ -111,7 +111,7 @@ def focal_weight(weight: Tensor, classes: int) -> Tensor:
     """The factors of the focal terms, checked.
 
     Raises:
-        ValueError: several for one class, wrong length or a negative value.
+        ValueError: several for one class, wrong length, or a value that is negative or not finite.
     """
     if weight.ndim > 0 and classes == 1:
         raise ValueError("Per-class class_weight is not supported for single-channel outputs.")
@@ -120,6 +120,6 @@ def focal_weight(weight: Tensor, classes: int) -> Tensor:
             f"The number of class_weight ({weight.numel()}) must match the number of output "
             f"channels ({classes})."
         )
-    if bool((weight < 0).any()):
-        raise ValueError("class_weight values must be non-negative.")
+    if not bool(((weight >= 0) & weight.isfinite()).all()):
+        raise ValueError("class_weight values must be non-negative. weight: expected finite values")
     return weight.expand(classes)
