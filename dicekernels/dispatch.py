@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .arguments import documented
 from .backends import gpus, native
 from .backends.triton import support as triton_support
 
@@ -157,6 +158,7 @@ def force_backend(name: str | None) -> None:
     _forced = name
 
 
+@documented()
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend inside a ``with`` block; a problem that it does not take is then an error.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import documented
 from .backends import native
 from .evaluate import Call, Step, Told, record
 
@@ -16,6 +17,7 @@ FEW_BYTES = 4096
 ISAS = {"avx512": "AVX-512", "avx2": "AVX2"}
 
 
+@documented()
 def explain(loss: Callable[..., Any], logits: Tensor | Sequence[Tensor], target: Tensor, **more: Any) -> str:
     """Evaluates ``loss(logits, target, **more)`` once and tells how it ran, in a sentence and then in detail.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, dispatch
+from .arguments import documented
 from .autograd import total_sums
 from .backends import eager
 from .evaluate import record_step
@@ -52,6 +53,7 @@ class RegionSums(NamedTuple):
     LS: Tensor | None = None
 
 
+@documented()
 def region_sums(
     logits: Tensor,
     target: Tensor,
@@ -73,17 +75,28 @@ def region_sums(
         score = 5 * sums.I / (5 * sums.I + sums.FP + 4 * sums.FN)
         loss = 1 - score.mean()
 
+    The rows and kinds: docs/semantics.md, section 1.
+
     Args:
-        logits: (B, C, *S) floating.
+        logits: (B, C, *S) floating, with at least one spatial dimension.
         target: labels (B, 1, *S) or (B, *S); or values of the shape of the logits (for C = 1 always values).
         activation: "softmax", "sigmoid" or None (the logits are probabilities), of I, FP and FN.
-        overlap: "product", "min", "squared" or "voxel_squared".
-        voxel_term: None, "ce", "bce", "focal_sigmoid" or "focal_softmax", from the raw logits.
-        mask: voxel weights (B, 1, *S); with ``mask_mode`` "weight" every sum is linear in them, with
-            "product" they multiply p and g before the products.
-        ignore_index: label whose voxels are left out (label maps).
-        gamma: exponent of the focal terms.
-        first_class: the softmax of "focal_softmax" runs over the classes from here on.
+        overlap: what one voxel adds to I, FP and FN: "product" p g, p (1 - g), (1 - p) g; "min" with min(p,
+            g) in place of p g; "squared" p g, p (p - g), g (g - p); "voxel_squared" p^2 g, p^2 (1 - g), (1 -
+            p)^2 g.
+        voxel_term: of POS, NEG and LS: None, "ce", "bce", "focal_sigmoid" or "focal_softmax", of the raw
+            logits.
+        mask: voxel weights (B, 1, *S) or (1, 1, *S), at least 0, of any real dtype. None: each voxel counts
+            once.
+        mask_mode: "weight": every sum is linear in ``mask``; "product": it multiplies p and g before the
+            products.
+        ignore_index: label whose voxels are left out, of label maps alone (ValueError for values). None:
+            every voxel counts.
+        gamma: exponent of the focal terms, 0 or more.
+        first_class: the softmax of "focal_softmax" runs over the classes from here on, 0 to C - 1.
+
+    Returns:
+        :class:`RegionSums`, each (B, C) float64, None for what was not asked for.
 
     Raises:
         ValueError, TypeError: arguments that do not fit.

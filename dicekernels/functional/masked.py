@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, dispatch, reference
+from ..arguments import documented
 from ..autograd import total_sums
 from ..evaluate import Call
 from ..prepare import OtherAct, kernel_dtype, like_input, plain, prepare
@@ -18,6 +19,7 @@ from .dense import or_dense
 from .overlap import dice_loss
 
 
+@documented()
 def masked_dice_loss(
     logits: Tensor,
     target: Tensor,
@@ -44,15 +46,18 @@ def masked_dice_loss(
     voxels out instead.
 
     Args:
-        mask: (B, 1, *S) or (1, 1, *S), of any dtype; None warns and masks nothing. What broadcasts over the
-            space is taken with a warning, as in MONAI.
+        mask: (B, 1, *S) or (1, 1, *S), of any real dtype and sign; None warns and masks nothing. What
+            broadcasts over the space is taken with a warning, as in MONAI.
 
     Returns:
-        As :func:`dice_loss`.
+        As :func:`dice_loss`; the dtype of the mask is promoted with.
 
     Raises:
-        ValueError: another batch size, or more than one channel of mask.
+        ValueError: another batch size, or more than one channel of mask; an option, as the arguments say.
         RuntimeError: a mask that does not broadcast to (B, 1, *S).
+        TypeError: what is no tensor, or no activation.
+        AssertionError: a target whose shape does not fit.
+        LabelRangeError: a label times mask outside [0, C) (CPU).
     """
     options: dict[str, Any] = {
         "include_background": include_background,

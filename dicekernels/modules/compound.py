@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from .. import checks, functional
+from ..arguments import documented
 from ..evaluate import record_step
 from ..overrides import overridden, remember
 from .halves import TwoHalves, bent
@@ -20,22 +21,26 @@ for _half in (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss):
     remember("forward")(_half)
 
 
+@documented(functional.dice_ce_loss)
 @remember("forward", "ce", "bce")
 class DiceCELoss(TwoHalves):
-    """``monai.losses.DiceCELoss`` from one pass over the logits.
+    """Dice loss + cross entropy from one pass over the logits: ``monai.losses.DiceCELoss``.
 
-    The options of its halves live where MONAI has them, in ``dice``, ``cross_entropy`` and
-    ``binary_cross_entropy``; state_dict keys follow. What the one pass cannot express (another module
-    in their place, hooks on them, an overridden ``ce``, reductions that differ, an ``ignore_index`` of one
-    half) makes it the sum of the two halves, as in MONAI; ``explain`` says so.
+    Formula: :func:`dicekernels.functional.dice_ce_loss`. The options of the halves live where MONAI has them,
+    in ``dice``, ``cross_entropy`` and ``binary_cross_entropy``; state_dict keys follow. What the one pass
+    cannot express (another module in their place, hooks on them, an overridden ``ce``, ``bce`` or ``forward``
+    of a half, reductions that differ, an ``ignore_index`` of one half) makes it the sum of the two halves, as
+    in MONAI; ``explain`` says so.
 
-    ``lambda_dice`` and ``lambda_ce`` are plain attributes, numbers, 0-dim tensors or Parameters. They may
-    change every step: a warm-up recompiles nothing, and tensors that require a gradient get it. Extras:
-    ``ignore_index``, ``soft_label``, ``ce_include_background`` (``functional.dice_ce_loss``), ``weight`` as a
-    sequence.
+    Args:
+        lambda_dice: factor of the Dice term: a number of at least 0, else ValueError, a tensor of one value
+            or a Parameter, which get their gradient from PyTorch. A plain attribute, no buffer: setting it or
+            changing its value every step recompiles nothing, and a CUDA graph reads a tensor of its device
+            anew at each replay.
+        lambda_ce: factor of the cross entropy, as ``lambda_dice``.
 
     Raises:
-        TypeError, ValueError: as MONAI, for options that do not fit together.
+        TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
     FACTORS: ClassVar[tuple[str, ...]] = ("lambda_dice", "lambda_ce")

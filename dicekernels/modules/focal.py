@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from .. import checks, functional
+from ..arguments import documented
 from ..evaluate import record_step
 from ..functional.focal import Alpha
 from ..overrides import remember
@@ -18,14 +19,16 @@ from .halves import TwoHalves, bent
 from .overlap import DiceLoss, GeneralizedDiceLoss
 
 
+@documented(functional.focal_loss)
 @remember("forward")
 class FocalLoss(Loss):
-    """``monai.losses.FocalLoss``; float32 for every dtype of the logits, as there.
+    """Focal loss of each voxel and class, in float32 for every dtype: ``monai.losses.FocalLoss``.
 
-    state_dict: ``class_weight`` if a weight is given.
+    Formula and source: :func:`dicekernels.functional.focal_loss`. state_dict: ``class_weight`` if a weight is
+    given.
 
     Raises:
-        ValueError: as MONAI, for options or data that do not fit together.
+        TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
     PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": ("class_weight",)}
@@ -97,18 +100,23 @@ def _apart_reason(overlap: DiceLoss | GeneralizedDiceLoss, kind: type[nn.Module]
     return ""
 
 
+@documented(functional.dice_focal_loss)
 @remember("forward")
 class DiceFocalLoss(TwoHalves):
-    """``monai.losses.DiceFocalLoss`` from one pass over the logits.
+    """Dice loss + focal loss from one pass over the logits: ``monai.losses.DiceFocalLoss``.
 
-    The focal half is MONAI's, of sigmoids, whatever activation the Dice half has; ``use_softmax`` makes it
-    that of a softmax (MONAI#8242). The options live in ``dice`` and ``focal``, state_dict keys follow.
-    Halves that were replaced, hooked or reconfigured apart run one after the other; ``explain`` says so.
-    ``lambda_dice`` and ``lambda_focal`` may change every step, as in ``DiceCELoss``. Extras:
-    ``use_softmax``, ``soft_label``, ``ignore_index``.
+    Formula: :func:`dicekernels.functional.dice_focal_loss`. The options live in ``dice`` and ``focal``,
+    state_dict keys follow; ``focal`` has ``mean_over_classes`` and ``softmax_over_all`` on. Halves that were
+    replaced, hooked, overridden or reconfigured apart run one after the other; ``explain`` says so.
+
+    Args:
+        lambda_dice: factor of the Dice term: a number of at least 0, else ValueError, a tensor of one value
+            or a Parameter, which get their gradient from PyTorch. A plain attribute, no buffer: setting it or
+            changing its value every step recompiles nothing, and a CUDA graph reads a tensor of its device
+            anew at each replay.
 
     Raises:
-        TypeError, ValueError: as MONAI, for options that do not fit together.
+        TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
     FACTORS: ClassVar[tuple[str, ...]] = ("lambda_dice", "lambda_focal")
@@ -229,15 +237,22 @@ class DiceFocalLoss(TwoHalves):
         )
 
 
+@documented(functional.generalized_dice_focal_loss)
 @remember("forward")
 class GeneralizedDiceFocalLoss(TwoHalves):
-    """``monai.losses.GeneralizedDiceFocalLoss`` from one pass over the logits.
+    """Generalized Dice loss + focal loss from one pass: ``monai.losses.GeneralizedDiceFocalLoss``.
 
-    As ``DiceFocalLoss``, with the halves ``generalized_dice`` and ``focal``; ``weight`` is that of the focal
-    half alone. Extras: ``alpha``, ``use_softmax``, ``soft_label``, ``ignore_index``.
+    Formula: :func:`dicekernels.functional.generalized_dice_focal_loss`. As ``DiceFocalLoss``, with the halves
+    ``generalized_dice`` and ``focal``.
+
+    Args:
+        lambda_gdl: factor of the generalized Dice term: a number of at least 0, else ValueError, a tensor of
+            one value or a Parameter, which get their gradient from PyTorch. A plain attribute, no buffer:
+            setting it or changing its value every step recompiles nothing, and a CUDA graph reads a tensor of
+            its device anew at each replay.
 
     Raises:
-        TypeError, ValueError: as MONAI, for options that do not fit together.
+        TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
     FACTORS: ClassVar[tuple[str, ...]] = ("lambda_gdl", "lambda_focal")

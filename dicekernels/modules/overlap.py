@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks, functional
+from ..arguments import documented
 from ..overrides import overridden, remember
 from ..prepare import OtherAct
 from ..scripting import scriptable
@@ -65,14 +66,16 @@ class _OverlapLoss(Loss):
         }
 
 
+@documented(functional.dice_loss)
 @remember("forward")
 class DiceLoss(_OverlapLoss):
-    """``monai.losses.DiceLoss``; ``log_loss`` is -log(score) in place of 1 - score.
+    """1 - Dice score of each (sample, class): ``monai.losses.DiceLoss``, with ``log_loss``.
 
-    state_dict: ``class_weight`` if a weight is given.
+    Formula and source: :func:`dicekernels.functional.dice_loss`. state_dict: ``class_weight`` if a weight is
+    given.
 
     Raises:
-        TypeError, ValueError: as MONAI, for options that do not fit together.
+        TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
     PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": ("class_weight",)}
@@ -129,12 +132,16 @@ class DiceLoss(_OverlapLoss):
         )
 
 
+@documented(functional.generalized_dice_loss)
 @remember("forward", "w_func")
 class GeneralizedDiceLoss(_OverlapLoss):
-    """``monai.losses.GeneralizedDiceLoss``, with ``ignore_index``.
+    """Generalized Dice loss of each sample: ``monai.losses.GeneralizedDiceLoss``, with ``ignore_index``.
+
+    Formula and source: :func:`dicekernels.functional.generalized_dice_loss`. A subclass may override
+    ``w_func``.
 
     Raises:
-        TypeError, ValueError: as MONAI, for options that do not fit together.
+        TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
     def __init__(
@@ -188,14 +195,19 @@ class GeneralizedDiceLoss(_OverlapLoss):
         return torch.reciprocal(grnd * grnd if self.w_type == "square" else grnd)
 
 
+@documented(functional.tversky_loss)
 @remember("forward")
 class TverskyLoss(_OverlapLoss):
-    """``monai.losses.TverskyLoss``; ``gamma`` makes it the focal Tversky loss.
+    """Tversky loss of each (sample, class): ``monai.losses.TverskyLoss``, with ``gamma``.
 
-    ``alpha`` weighs false positives, ``beta`` false negatives.
+    Formula and source: :func:`dicekernels.functional.tversky_loss`.
+
+    Args:
+        gamma: exponent of the focal Tversky loss, max(1 - score, 0)**gamma of each term before the reduction;
+            above 0, else the call is a ValueError. 1 is the plain Tversky loss.
 
     Raises:
-        TypeError, ValueError: as MONAI, for options that do not fit together.
+        TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
     def __init__(
@@ -246,12 +258,15 @@ class TverskyLoss(_OverlapLoss):
         )
 
 
+@documented(functional.mcc_loss)
 @remember("forward")
 class MCCLoss(Loss):
-    """``monai.losses.MCCLoss``, 1 - Matthews' correlation coefficient, with ``ignore_index``.
+    """1 - Matthews' correlation coefficient: ``monai.losses.MCCLoss``, with ``ignore_index``.
+
+    Formula and source: :func:`dicekernels.functional.mcc_loss`.
 
     Raises:
-        TypeError, ValueError: as MONAI, for options that do not fit together.
+        TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
     def __init__(

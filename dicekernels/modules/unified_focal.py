@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
-from .. import checks
+from .. import checks, functional
+from ..arguments import documented
 from ..functional.unified_focal import Half, two_halves_loss
 from ..overrides import remember
 from ..scripting import scriptable
@@ -46,12 +47,14 @@ class _HalfSettings(_Loss):
         return Half(*(checks.constant(key, getattr(self, key)) for key in ("gamma", "delta", "epsilon")))
 
 
+@documented(functional.asymmetric_unified_focal_loss)
 @remember("forward")
 class AsymmetricUnifiedFocalLoss(Loss):
-    """``monai.losses.AsymmetricUnifiedFocalLoss``, with voxel weights.
+    """Asymmetric focal + focal Tversky loss of two classes: ``monai.losses.AsymmetricUnifiedFocalLoss``.
 
-    As in MONAI, ``gamma`` and ``delta`` of the two halves are those of ``asy_focal_loss`` and
-    ``asy_focal_tversky_loss`` (with ``epsilon``): changing them there takes effect, on this module not.
+    Formula and source: :func:`dicekernels.functional.asymmetric_unified_focal_loss`. As in MONAI, ``gamma``
+    and ``delta`` of the two halves are those of ``asy_focal_loss`` and ``asy_focal_tversky_loss`` (with
+    ``epsilon``): changing them there takes effect, on this module not.
 
     Raises:
         ValueError: an unknown reduction.

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, functional
+from ..arguments import documented
 from ..functional.wasserstein import MODES, normalised, normalised_wasserstein_dice_loss
 from ..overrides import refuse, remember
 from ..scripting import scriptable
@@ -23,13 +24,14 @@ _STEPS = (
 )
 
 
+@documented(functional.generalized_wasserstein_dice_loss)
 @remember("forward")
 class GeneralizedWassersteinDiceLoss(Loss):
-    """``monai.losses.GeneralizedWassersteinDiceLoss``, with ``ignore_index`` and voxel weights.
+    """Dice loss of distances between classes: ``monai.losses.GeneralizedWassersteinDiceLoss``.
 
-    ``dist_matrix`` (C, C) is a NumPy array, a tensor or a nested list. The attribute ``m`` holds it, divided
-    by its largest entry; as in MONAI it is no buffer and keeps its dtype: distances in float64 (NumPy's
-    default) make a float64 loss. ``alpha_mode`` is the ``weighting_mode``.
+    Formula and source: :func:`dicekernels.functional.generalized_wasserstein_dice_loss`. The attribute ``m``
+    holds the distances, divided by the largest; as in MONAI it is no buffer and keeps its dtype: distances in
+    float64 (NumPy's default) make a float64 loss. ``alpha_mode`` is the ``weighting_mode``.
 
     Raises:
         ValueError: as MONAI, for a matrix that is not square or an unknown option.
