@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from . import hints
 from .kinds import as_tensor, dense_tensor, traced
 
 Weight = float | Sequence[float] | Tensor | None
+_Name = TypeVar("_Name", bound=str)
 
 
 def activation_options(sigmoid: bool, softmax: bool, other_act: Callable[[Tensor], Tensor] | None) -> None:
@@ -36,7 +37,7 @@ def activation_options(sigmoid: bool, softmax: bool, other_act: Callable[[Tensor
         )
 
 
-def option(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+def option(name: str, value: Any, allowed: tuple[_Name, ...]) -> _Name:
     """A string option, or an enum (MONAI's ``LossReduction``, ``Weight``) that holds one.
 
     Raises:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import dispatch
 from .backends import eager
-from .evaluate import record_line
+from .evaluate import record_step
 from .kinds import traced
 from .spec import BAD, Activation, SumsSpec
 
@@ -90,12 +90,14 @@ def record_streamed(
         )
     reason = _whole_reason(others, closed_over)
     if reason:
-        record_line(f"backend: eager ({name} on the whole volume at once: {reason})")
+        record_step(f"backend: eager ({name} on the whole volume at once: {reason})", "eager", reason, True)
         return
     pieces = -(-logits.shape[2:].numel() // _piece_voxels(logits))
-    record_line(
+    record_step(
         f"backend: eager ({name} has no kernel: PyTorch piece by piece, pieces of the space: {pieces}; "
-        "kept for backward: nothing beside the inputs)"
+        "kept for backward: nothing beside the inputs)",
+        "eager",
+        f"{name} has no kernel",
     )
 
 

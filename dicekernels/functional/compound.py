@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .. import checks, reference
+from ..arguments import documented
 from ..evaluate import Call
 from ..prepare import Inputs, OtherAct, like_input, prepare, warn_single_channel
 from ..spec import Denominator, LossSpec
@@ -18,6 +19,7 @@ from .focal import Alpha, focal_dense_reason, focal_factors, focal_loss, void_al
 from .overlap import dice_loss, generalized_dice_loss
 
 
+@documented()
 @or_dense(reference.dice_ce_loss)
 def dice_ce_loss(
     logits: Tensor,
@@ -30,7 +32,7 @@ def dice_ce_loss(
     other_act: OtherAct = None,
     squared_pred: bool = False,
     jaccard: bool = False,
-    reduction: str = "mean",
+    reduction: Literal["mean", "sum"] = "mean",
     smooth_nr: float = 1e-5,
     smooth_dr: float = 1e-5,
     batch: bool = False,
@@ -42,19 +44,51 @@ def dice_ce_loss(
     soft_label: bool = False,
     ce_include_background: bool = True,
     mask: Tensor | None = None,
-    dice_weight: checks.Weight | str = "weight",
+    dice_weight: checks.Weight | Literal["weight"] = "weight",
 ) -> Tensor:
     """lambda_dice x Dice loss + lambda_ce x cross entropy (BCE for one channel), from one pass.
 
-    Options as ``monai.losses.DiceCELoss``. ``weight`` has one value for every class, the background
-    included; the Dice term takes it without the background if that is excluded, unless ``dice_weight``
-    (None: no weight) says otherwise. ``ignore_index`` leaves voxels out of both terms; the mean of the
-    cross entropy is over the others (0 if there are none). ``soft_label`` is that of
-    :func:`dice_loss`. ``ce_include_background=False`` gives the background weight 0 in the cross
-    entropy. A lambda may be a 0-dim tensor: a warm-up then changes its value and recompiles nothing.
+    As ``monai.losses.DiceCELoss``, with the options from ``ignore_index`` on. The value is the sum of the two
+    halves, each rounded to the dtype of the loss, to the last bit; docs/semantics.md.
+
+    Args:
+        include_background: False leaves class 0 out of the Dice term, after the activation. The cross entropy
+            keeps it: see ``ce_include_background``. Ignored, with a warning, for one channel.
+        sigmoid: take the sigmoid of the logits, in the Dice term; the other term takes the raw logits. At
+            most one of the three activations, else ValueError.
+        softmax: take the softmax of the logits over dimension 1, in the Dice term; the other term takes the
+            raw logits. Ignored, with a warning, for one channel.
+        other_act: an activation of your own, in the Dice term: a function of the whole tensor (B, C, *S),
+            else TypeError. It runs in PyTorch, which keeps its result for backward, and makes it two passes.
+        reduction: "mean" or "sum" of the Dice terms, one for each sample and class, or for each class with
+            ``batch``, and of the cross entropy over voxels; with labels and weights "mean" divides the latter
+            by the weights of the labels. MONAI's LossReduction is taken too. Else ValueError.
+        weight: a number of at least 0 for each of the C classes, the background included, as a sequence or
+            tensor (else ValueError; one number for several channels or several for one: RuntimeError). Class
+            weights of the cross entropy, and factors of the Dice terms, there without the background if that
+            is left out. For one channel the ``pos_weight`` of the BCE.
+        lambda_dice: factor of the Dice term: a number of at least 0, else ValueError, or a tensor of one
+            value. One that requires a gradient gets it, from PyTorch. A tensor may change its value every
+            step and recompiles nothing.
+        lambda_ce: factor of the cross entropy, as ``lambda_dice``.
+        label_smoothing: of the cross entropy, from 0 to 1, else RuntimeError: the part of the target that is
+            spread over all classes. Without effect on one channel.
+        ignore_index: as in :func:`dice_loss`, in both terms; the mean of the cross entropy is over the voxels
+            that count, 0 if there are none. None: every voxel counts.
+        ce_include_background: False gives the background weight 0 in the cross entropy; with labels its mean
+            is then over the other voxels. Without effect on one channel.
+        dice_weight: factors of the Dice terms where they are not ``weight``: as in :func:`dice_loss`, None
+            for none. "weight": those of ``weight``.
 
     Returns:
-        ().
+        (), in the dtype that torch's promotion makes of logits, values and, beside values, ``weight``; labels
+        count as float32.
+
+    Raises:
+        TypeError, ValueError: as the arguments say; what is no tensor, on another device, a mask of another
+            shape, or a target with another number of dimensions or channels.
+        AssertionError: a target whose shape does not fit, such as labels with ``to_onehot_y=False``.
+        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (CPU).
     """
     reduction = checks.option("reduction", reduction, ("mean", "sum"))
     checks.tensors(logits, target, mask)
@@ -170,6 +204,7 @@ def _with_focal(
     return overlap
 
 
+@documented(like=dice_ce_loss)
 @or_dense(reference.dice_focal_loss)
 def dice_focal_loss(
     logits: Tensor,
@@ -182,7 +217,7 @@ def dice_focal_loss(
     other_act: OtherAct = None,
     squared_pred: bool = False,
     jaccard: bool = False,
-    reduction: str = "mean",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     smooth_nr: float = 1e-5,
     smooth_dr: float = 1e-5,
     batch: bool = False,
@@ -197,18 +232,29 @@ def dice_focal_loss(
     mean_over_classes: bool = True,
     softmax_over_all: bool = True,
     mask: Tensor | None = None,
-    dice_weight: checks.Weight | str = "weight",
+    dice_weight: checks.Weight | Literal["weight"] = "weight",
 ) -> Tensor:
     """lambda_dice x Dice loss + lambda_focal x focal loss, from one pass.
 
-    Options as ``monai.losses.DiceFocalLoss``: the focal half is that of sigmoids, also beside a Dice half
-    with softmax, unless ``use_softmax``. ``weight`` goes to both halves unless ``dice_weight`` says
-    otherwise (None: no weight). ``soft_label``, ``ignore_index``, ``mean_over_classes``, ``softmax_over_all``
-    and ``mask`` as in :func:`dice_loss` and :func:`focal_loss`; a lambda as in :func:`dice_ce_loss`. The
-    value is the sum of the two halves, each rounded to the dtype of the loss, to the last bit.
+    As ``monai.losses.DiceFocalLoss``, with ``use_softmax`` and the options after it. The value is the sum of
+    the two halves, each rounded to the dtype of the loss, to the last bit; docs/semantics.md.
+
+    Args:
+        include_background: False leaves class 0 out of both terms. Ignored, with a warning, for one channel.
+        reduction: "mean" or "sum" of each term, as in :func:`dice_loss` and :func:`focal_loss`; "none": the
+            Dice terms beside the focal map, made in PyTorch. MONAI's LossReduction is taken too. Else
+            ValueError.
+        weight: factor of each class in both terms: one number, or one for each class (without the background
+            if that is left out) as a sequence or tensor. At least 0, finite and of that length, else
+            ValueError; for a single class one number, which the Dice term ignores.
+        use_softmax: True: the focal term is one of a softmax; False: of sigmoids, as MONAI's, also beside a
+            Dice term with softmax (MONAI#8242).
+        lambda_focal: factor of the focal term, as that of the Dice term.
+        ignore_index: as in :func:`dice_loss`, in both terms. None: every voxel counts.
 
     Returns:
-        () for reduction "mean" and "sum"; for "none" the Dice terms beside the focal map (B, K, *S).
+        () for reduction "mean" and "sum"; for "none" (B, K, *S), the Dice terms beside the focal map of the K
+        classes. float32, or float64 if the logits or the values are.
     """
     reduction = checks.option("reduction", reduction, ("mean", "sum", "none"))
     checks.tensors(logits, target, mask)
@@ -277,6 +323,7 @@ def dice_focal_loss(
     return like_input(call.run(), logits, target)
 
 
+@documented(like=dice_focal_loss)
 @or_dense(reference.generalized_dice_focal_loss)
 def generalized_dice_focal_loss(
     logits: Tensor,
@@ -287,8 +334,8 @@ def generalized_dice_focal_loss(
     sigmoid: bool = False,
     softmax: bool = False,
     other_act: OtherAct = None,
-    w_type: str = "square",
-    reduction: str = "mean",
+    w_type: Literal["square", "simple", "uniform"] = "square",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     smooth_nr: float = 1e-5,
     smooth_dr: float = 1e-5,
     batch: bool = False,
@@ -306,11 +353,22 @@ def generalized_dice_focal_loss(
 ) -> Tensor:
     """lambda_gdl x generalized Dice loss + lambda_focal x focal loss, from one pass.
 
-    Options as ``monai.losses.GeneralizedDiceFocalLoss``, whose ``weight`` is that of the focal half alone;
-    the others as in :func:`generalized_dice_loss` and :func:`dice_focal_loss`.
+    As ``monai.losses.GeneralizedDiceFocalLoss``, with ``alpha`` and the options after it. The value is the
+    sum of the two halves, each rounded to the dtype of the loss, to the last bit; docs/semantics.md.
 
-    Returns:
-        () for reduction "mean" and "sum"; for "none" the Dice terms beside the focal map (B, K, *S).
+    Args:
+        smooth_nr: nr, added to the numerator of the generalized Dice term of each sample.
+        smooth_dr: dr, added to its denominator.
+        w_type: the weight of a class of volume G in the generalized Dice term: "square" 1 / G^2, "simple" 1 /
+            G, "uniform" 1, as in :func:`generalized_dice_loss`. Else ValueError.
+        batch: True: sums run over the batch as well, and there is one generalized Dice loss. False: one for
+            each sample.
+        weight: factor of each class in the focal term alone: one number, or one for each class (without the
+            background if that is left out) as a sequence or tensor. At least 0, finite and of that length,
+            else ValueError; for a single class one number.
+        lambda_gdl: factor of the generalized Dice term: a number of at least 0, else ValueError, or a tensor
+            of one value. One that requires a gradient gets it, from PyTorch. A tensor may change its value
+            every step and recompiles nothing.
     """
     reduction = checks.option("reduction", reduction, ("mean", "sum", "none"))
     checks.tensors(logits, target, mask)

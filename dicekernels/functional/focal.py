@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import checks, reference
+from ..arguments import documented
 from ..evaluate import Call
 from ..prepare import Inputs, like_input, prepare
 from ..terms import focal_term
@@ -79,6 +80,7 @@ def warn_constant(channels: int, skipped: int, use_softmax: bool, softmax_over_a
         )
 
 
+@documented()
 @or_dense(reference.focal_loss, focal_dense_reason)
 def focal_loss(
     logits: Tensor,
@@ -89,7 +91,7 @@ def focal_loss(
     gamma: float = 2.0,
     alpha: Alpha = None,
     weight: checks.Weight = None,
-    reduction: str = "mean",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     use_softmax: bool = False,
     ignore_index: int | None = None,
     mean_over_classes: bool = False,
@@ -98,16 +100,30 @@ def focal_loss(
 ) -> Tensor:
     """Focal loss (1 - p_t)^gamma (-log p_t) of each voxel and class (Lin et al., 2017).
 
-    Options as ``monai.losses.FocalLoss``: p by a sigmoid, or a softmax with ``use_softmax``. "mean" divides
-    by voxels and classes; with ``ignore_index`` by the voxels that count alone, as MONAI, unless
-    ``mean_over_classes``: then ignored is the same as cropped. "sum" adds the spatial means up. Without
-    background the softmax runs over the other classes, as MONAI's (of two classes it is 1 and the loss 0,
-    with a warning), or with ``softmax_over_all`` over all of them, the background's term left out.
-    ``mask`` weighs voxels, in the denominators too.
+    As ``monai.losses.FocalLoss``, with ``mean_over_classes``, ``softmax_over_all`` and ``mask``;
+    docs/semantics.md.
+
+    Args:
+        logits: raw, (B, C, *S), one spatial dimension or more, float32, float16, bfloat16 or float64, with
+            any strides. Integers are copied to float32.
+        include_background: False leaves class 0 out before the activation, as MONAI: see
+            ``softmax_over_all``. Ignored, with a warning, for one channel.
+        reduction: "mean" divides the sum over voxels and classes by the number of voxels (the sum of
+            ``mask``) and of classes, but see ``mean_over_classes``; "sum" adds up the spatial means of each
+            sample and class, as MONAI; "none" is the map of all terms, made in PyTorch. Else ValueError.
+        weight: factor of each class: one number, or one for each class (without the background if that is
+            left out) as a sequence or tensor. At least 0, finite and of that length, else ValueError; for a
+            single class one number.
 
     Returns:
         float32 for every dtype of the logits, as MONAI (float64 where an ignored class is one of fractions
-        in float64): (), or for "none" (B, K, *S) from dense PyTorch.
+        in float64): (), or for "none" (B, K, *S), of K classes.
+
+    Raises:
+        TypeError, ValueError: as the arguments say; what is no tensor, on another device, a mask or target of
+            another shape.
+        AssertionError: labels of more than one channel.
+        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (CPU).
     """
     checks.option("reduction", reduction, ("mean", "sum", "none"))
     inputs = prepare(

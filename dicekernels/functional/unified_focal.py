@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import checks, hints
+from ..arguments import documented
 from ..backends import eager
 from ..kinds import traced
 from ..prepare import kernel_dtype, like_input, plain
@@ -39,6 +40,7 @@ class _Problem(NamedTuple):
     tversky: Half
 
 
+@documented()
 def asymmetric_unified_focal_loss(
     y_pred: Tensor,
     y_true: Tensor,
@@ -48,29 +50,41 @@ def asymmetric_unified_focal_loss(
     weight: float = 0.5,
     gamma: float = 0.5,
     delta: float = 0.7,
-    reduction: str = "mean",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     ignore_index: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """weight * asymmetric focal + (1 - weight) * asymmetric focal Tversky, for two classes.
 
-    As ``monai.losses.AsymmetricUnifiedFocalLoss``; formulas: Yeung et al. 2022, arXiv:2102.04525,
-    docs/semantics.md. ``y_pred`` holds PROBABILITIES, no activation is taken.
+    As ``monai.losses.AsymmetricUnifiedFocalLoss``, with ``mask``; formulas: Yeung et al. 2022,
+    arXiv:2102.04525, docs/semantics.md. ``y_pred`` holds PROBABILITIES, no activation is taken.
 
     Args:
-        y_pred: (B, 1, *S) of the foreground or (B, C, *S), with two or three spatial dimensions; of more
-            channels than two, only the first two count. Half precision is computed in float32.
-        y_true: values of the shape of ``y_pred``, or labels (B, 1, *S) or (B, *S) with ``to_onehot_y``
-            (of a single channel it is ignored, with a warning).
-        num_classes: channels of the one-hot labels; values above ``num_classes`` - 1 are refused (CPU,
-            not when compiled, only without ``ignore_index``).
-        reduction: "mean", "sum" or "none": a scalar for each of them, as MONAI.
+        y_pred: (B, 1, *S) of the foreground or (B, C, *S), with two or three spatial dimensions, else
+            ValueError; of more channels than two, only the first two count. Half precision is computed in
+            float32.
+        y_true: values of the shape of ``y_pred``, or labels (B, 1, *S) or (B, *S) with ``to_onehot_y``.
+        to_onehot_y: True: ``y_true`` holds labels and is read as one-hot. Ignored, with a warning, for one
+            channel.
+        num_classes: channels of the one-hot labels, those of ``y_pred``; values above ``num_classes`` - 1 are
+            a ValueError (CPU, not when compiled, only without ``ignore_index``).
+        weight: share of the focal half, a number; the Tversky half has the rest.
+        gamma: exponent of both halves: (1 - p)^gamma of the background in the focal half, (1 - D)^(1 - gamma)
+            of the foreground in the Tversky half.
+        delta: weight of the foreground in the focal half, and of the false negatives in the Tversky half,
+            where the false positives have 1 - delta.
+        reduction: "mean", "sum" or "none": a scalar for each of them, as MONAI. Else ValueError.
         ignore_index: label or class whose voxels get p = g = 0. As in MONAI they still count as voxels
-            in the denominators, and as a false positive of 1e-7.
-        mask: voxel weights (B, 1, *S), in which every sum is linear, the count of voxels too.
+            in the denominators, and as a false positive of 1e-7. None: every voxel counts.
+        mask: voxel weights (B, 1, *S) or (1, 1, *S), at least 0, in which every sum is linear, the count of
+            voxels too. None: each voxel counts once.
+
+    Returns:
+        (), in the dtype that torch's promotion makes of ``y_pred`` and ``y_true``; labels count as float32.
 
     Raises:
-        ValueError: not 4 or 5 dimensions, shapes or labels that do not fit, an unknown reduction.
+        ValueError: not 4 or 5 dimensions, shapes or values that do not fit, an unknown reduction.
+        TypeError: what is no tensor; a number that requires a gradient.
         AssertionError: labels with more than one channel.
         LabelRangeError: a label outside [0, num_classes) with ``to_onehot_y`` (CPU; elsewhere and when
             compiled the loss is NaN with zero gradient).

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import checks, hints
+from ..arguments import documented
 from ..backends import eager
 from ..kinds import as_tensor
 from ..prepare import kernel_dtype, like_input, plain
@@ -18,13 +19,14 @@ from ..streamed import check_labels, label_spec, record_streamed, streamed_sums,
 MODES = ("default", "GDL")
 
 
+@documented()
 def generalized_wasserstein_dice_loss(
     logits: Tensor,
     target: Tensor,
     dist_matrix: Any,
     *,
-    weighting_mode: str = "default",
-    reduction: str = "mean",
+    weighting_mode: Literal["default", "GDL"] = "default",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     smooth_nr: float = 1e-5,
     smooth_dr: float = 1e-5,
     ignore_index: int | None = None,
@@ -32,22 +34,31 @@ def generalized_wasserstein_dice_loss(
 ) -> Tensor:
     """1 - (2 TP + nr) / (2 TP + E + dr) per sample, of the distance W_v = sum_c M[t_v, c] p_vc.
 
-    As ``monai.losses.GeneralizedWassersteinDiceLoss``; formulas: Fidon et al. 2017 ("default") and
-    Tilborghs et al. 2020, appendix ("GDL"), docs/semantics.md.
+    As ``monai.losses.GeneralizedWassersteinDiceLoss``, with ``ignore_index`` and ``mask``; formulas: Fidon et
+    al. 2017 ("default") and Tilborghs et al. 2020, appendix ("GDL"), docs/semantics.md.
 
     Args:
-        logits: (B, C, *S), also without spatial dimensions; a softmax is always taken.
+        logits: (B, C, *S) floating, also without spatial dimensions; a softmax is always taken.
         target: B x V labels in any shape that begins with B, of any dtype (fractions are truncated).
         dist_matrix: (C, C) array, tensor or nested list of the distance of each label (row) to each
             class (column). It is divided by its largest entry. May require a gradient.
-        ignore_index: label whose voxels count nowhere.
-        mask: voxel weights (B, 1, *S); volumes, TP and E are linear in them.
+        weighting_mode: "default": every class but the first counts alike in TP; "GDL": a class counts
+            1 / (volume + 1), in E too. Else ValueError.
+        reduction: "mean" or "sum" of the losses of the samples; "none": these losses. MONAI's LossReduction
+            is taken too. Else ValueError.
+        smooth_nr: nr, added to the numerator of each sample's loss.
+        smooth_dr: dr, added to its denominator.
+        ignore_index: label whose voxels count nowhere. TypeError for what is no whole number. None: every
+            voxel counts.
+        mask: voxel weights (B, 1, *S) or (1, 1, *S), at least 0; volumes, TP and E are linear in them. None:
+            each voxel counts once.
 
     Returns:
         (B,) for reduction "none", else (). float64 if the logits or the matrix are, else float32.
 
     Raises:
         ValueError: the matrix is not square, an unknown option, a mask of another shape.
+        TypeError: what is no tensor.
         RuntimeError: C is not the matrix's, or the target has another number of voxels (torch's type).
         NotImplementedError: logits of integers (torch's type).
         LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (CPU; elsewhere and when

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
-from torch.nn.modules.loss import _Loss
 
 from .. import checks, functional
-from ..evaluate import record_line
+from ..arguments import documented
+from ..evaluate import record_step
 from ..functional.focal import Alpha
 from ..overrides import remember
 from ..prepare import dense_labels
 from ..scripting import scriptable
+from .base import Loss
 from .halves import TwoHalves, bent
 from .overlap import DiceLoss, GeneralizedDiceLoss
 
 
+@documented(functional.focal_loss)
 @remember("forward")
-class FocalLoss(_Loss):
-    """``monai.losses.FocalLoss``; float32 for every dtype of the logits, as there.
+class FocalLoss(Loss):
+    """Focal loss of each voxel and class, in float32 for every dtype: ``monai.losses.FocalLoss``.
 
-    state_dict: ``class_weight`` if a weight is given.
+    Formula and source: :func:`dicekernels.functional.focal_loss`. state_dict: ``class_weight`` if a weight is
+    given.
 
     Raises:
-        ValueError: as MONAI, for options or data that do not fit together.
+        TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
+
+    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": ("class_weight",)}
 
     def __init__(
         self,
@@ -35,7 +40,7 @@ class FocalLoss(_Loss):
         gamma: float = 2.0,
         alpha: Alpha = None,
         weight: checks.Weight = None,
-        reduction: str = "mean",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         use_softmax: bool = False,
         ignore_index: int | None = None,
         *,
@@ -95,21 +100,39 @@ def _apart_reason(overlap: DiceLoss | GeneralizedDiceLoss, kind: type[nn.Module]
     return ""
 
 
+@documented(functional.dice_focal_loss)
 @remember("forward")
 class DiceFocalLoss(TwoHalves):
-    """``monai.losses.DiceFocalLoss`` from one pass over the logits.
+    """Dice loss + focal loss from one pass over the logits: ``monai.losses.DiceFocalLoss``.
 
-    The focal half is MONAI's, of sigmoids, whatever activation the Dice half has; ``use_softmax`` makes it
-    that of a softmax (MONAI#8242). The options live in ``dice`` and ``focal``, state_dict keys follow.
-    Halves that were replaced, hooked or reconfigured apart run one after the other; ``explain`` says so.
-    ``lambda_dice`` and ``lambda_focal`` may change every step, as in ``DiceCELoss``. Extras:
-    ``use_softmax``, ``soft_label``, ``ignore_index``.
+    Formula: :func:`dicekernels.functional.dice_focal_loss`. The options live in ``dice`` and ``focal``,
+    state_dict keys follow; ``focal`` has ``mean_over_classes`` and ``softmax_over_all`` on. Halves that were
+    replaced, hooked, overridden or reconfigured apart run one after the other; ``explain`` says so.
+
+    Args:
+        lambda_dice: factor of the Dice term: a number of at least 0, else ValueError, a tensor of one value
+            or a Parameter, which get their gradient from PyTorch. A plain attribute, no buffer: setting it or
+            changing its value every step recompiles nothing, and a CUDA graph reads a tensor of its device
+            anew at each replay.
 
     Raises:
-        TypeError, ValueError: as MONAI, for options that do not fit together.
+        TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
     FACTORS: ClassVar[tuple[str, ...]] = ("lambda_dice", "lambda_focal")
+    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "to_onehot_y": ("to_onehot_y",),
+        "reduction": ("dice.reduction", "focal.reduction"),
+        "weight": ("focal.class_weight", "dice.class_weight"),
+    }
+    BESIDE: ClassVar[Mapping[str, Any]] = {
+        "dice.to_onehot_y": False,
+        "dice.log_loss": False,
+        "focal.to_onehot_y": False,
+        "focal.mean_over_classes": True,
+        "focal.softmax_over_all": True,
+    }
+    PARTS: ClassVar[Mapping[str, type[nn.Module]]] = {"dice": DiceLoss, "focal": FocalLoss}
     lambda_dice: float | Tensor
     lambda_focal: float | Tensor
 
@@ -122,7 +145,7 @@ class DiceFocalLoss(TwoHalves):
         other_act: Callable[[Tensor], Tensor] | None = None,
         squared_pred: bool = False,
         jaccard: bool = False,
-        reduction: str = "mean",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         smooth_nr: float = 1e-5,
         smooth_dr: float = 1e-5,
         batch: bool = False,
@@ -178,7 +201,7 @@ class DiceFocalLoss(TwoHalves):
         if reason:
             checks.tensors(input, target, mask)
             checks.dice_ce_shapes(input, target)
-            record_line(f"two passes: {reason}")
+            record_step(f"two passes: {reason}", reason=reason)
             if self.to_onehot_y:
                 target = dense_labels(target, input, dice.ignore_index)
             more = {} if mask is None else {"mask": mask}
@@ -214,18 +237,34 @@ class DiceFocalLoss(TwoHalves):
         )
 
 
+@documented(functional.generalized_dice_focal_loss)
 @remember("forward")
 class GeneralizedDiceFocalLoss(TwoHalves):
-    """``monai.losses.GeneralizedDiceFocalLoss`` from one pass over the logits.
+    """Generalized Dice loss + focal loss from one pass: ``monai.losses.GeneralizedDiceFocalLoss``.
 
-    As ``DiceFocalLoss``, with the halves ``generalized_dice`` and ``focal``; ``weight`` is that of the focal
-    half alone. Extras: ``alpha``, ``use_softmax``, ``soft_label``, ``ignore_index``.
+    Formula: :func:`dicekernels.functional.generalized_dice_focal_loss`. As ``DiceFocalLoss``, with the halves
+    ``generalized_dice`` and ``focal``.
+
+    Args:
+        lambda_gdl: factor of the generalized Dice term: a number of at least 0, else ValueError, a tensor of
+            one value or a Parameter, which get their gradient from PyTorch. A plain attribute, no buffer:
+            setting it or changing its value every step recompiles nothing, and a CUDA graph reads a tensor of
+            its device anew at each replay.
 
     Raises:
-        TypeError, ValueError: as MONAI, for options that do not fit together.
+        TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
     FACTORS: ClassVar[tuple[str, ...]] = ("lambda_gdl", "lambda_focal")
+    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "reduction": ("generalized_dice.reduction", "focal.reduction"),
+        "weight": ("focal.class_weight",),
+    }
+    BESIDE: ClassVar[Mapping[str, Any]] = {"focal.mean_over_classes": True, "focal.softmax_over_all": True}
+    PARTS: ClassVar[Mapping[str, type[nn.Module]]] = {
+        "generalized_dice": GeneralizedDiceLoss,
+        "focal": FocalLoss,
+    }
     lambda_gdl: float | Tensor
     lambda_focal: float | Tensor
 
@@ -236,8 +275,8 @@ class GeneralizedDiceFocalLoss(TwoHalves):
         sigmoid: bool = False,
         softmax: bool = False,
         other_act: Callable[[Tensor], Tensor] | None = None,
-        w_type: str = "square",
-        reduction: str = "mean",
+        w_type: Literal["square", "simple", "uniform"] = "square",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         smooth_nr: float = 1e-5,
         smooth_dr: float = 1e-5,
         batch: bool = False,
@@ -291,7 +330,7 @@ class GeneralizedDiceFocalLoss(TwoHalves):
         if reason:
             checks.tensors(input, target, mask)
             checks.dice_ce_shapes(input, target)
-            record_line(f"two passes: {reason}")
+            record_step(f"two passes: {reason}", reason=reason)
             more = {} if mask is None else {"mask": mask}
             total: Tensor = self.lambda_gdl * gdl(input, target, **more)
             total = total + self.lambda_focal * focal(input, target, **more)

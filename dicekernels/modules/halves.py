@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.loss import _Loss
 
 from .. import checks
 from ..overrides import overridden
 from ..scripting import scriptable
+from .base import Loss
 
 
 def bent(half: nn.Module, kind: type[nn.Module]) -> str:
@@ -35,7 +35,7 @@ def _traced_factor(value: float, before: Tensor | None) -> Tensor:
         return torch.tensor(value, dtype=torch.float64, device=device)
 
 
-class TwoHalves(_Loss):
+class TwoHalves(Loss):
     """A loss whose lambdas are plain attributes: a number, a 0-dim tensor or a Parameter, as they are set.
 
     Dynamo would compile a graph for each number that it meets in an attribute. So a number has a tensor

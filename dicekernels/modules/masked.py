@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from .. import checks, functional
+from ..arguments import documented
 from ..overrides import refuse, remember
 from .overlap import DiceLoss
 
@@ -14,17 +16,26 @@ from .overlap import DiceLoss
 _FIXED = {"sigmoid": False, "softmax": False, "other_act": None, "ignore_index": None, "log_loss": False}
 
 
+@documented(functional.masked_dice_loss)
 @remember("forward")
 class MaskedDiceLoss(DiceLoss):
-    """``monai.losses.MaskedDiceLoss``: ``forward(input, target, mask)`` multiplies both by the mask.
+    """Dice loss of prediction times mask and target times mask: ``monai.losses.MaskedDiceLoss``.
 
     As in MONAI the activation comes before the mask and lives in ``pre_sigmoid``, ``pre_softmax`` and
     ``pre_other_act``, and a label map is masked before it becomes one-hot: masked voxels are background.
     ``DiceLoss()(input, target, mask=mask)`` leaves them out instead.
 
+    Formula: :func:`dicekernels.functional.masked_dice_loss`. state_dict: ``class_weight`` if one is given.
+
     Raises:
-        TypeError, ValueError: as MONAI, for options that do not fit together.
+        TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
+
+    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "weight": ("class_weight",),
+        **{name: (f"pre_{name}",) for name in ("sigmoid", "softmax", "other_act")},
+    }
+    BESIDE: ClassVar[Mapping[str, Any]] = {"ignore_index": None, "log_loss": False}
 
     def __init__(
         self,
@@ -35,7 +46,7 @@ class MaskedDiceLoss(DiceLoss):
         other_act: Callable[[Tensor], Tensor] | None = None,
         squared_pred: bool = False,
         jaccard: bool = False,
-        reduction: str = "mean",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         smooth_nr: float = 1e-5,
         smooth_dr: float = 1e-5,
         batch: bool = False,
@@ -61,9 +72,6 @@ class MaskedDiceLoss(DiceLoss):
 
     def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """``functional.masked_dice_loss`` with the options of this module.
-
-        Args:
-            mask: (B, 1, *S) or (1, 1, *S); None masks nothing, with a warning.
 
         Raises:
             NotImplementedError: MONAI's ``spatial_weighted`` was set.

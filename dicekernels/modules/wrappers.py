@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.loss import _Loss
 
 from .. import checks, hints
+from ..arguments import documented
 from ..kinds import tensor
 from ..overrides import overridden, remember
 from ..prepare import kernel_dtype, like_input, plain
 from ..scripting import scriptable
+from .base import Loss
 from .compound import DiceCELoss
 from .focal import DiceFocalLoss, FocalLoss, GeneralizedDiceFocalLoss
 from .halves import TwoHalves
@@ -41,27 +42,35 @@ HALVES = (torch.float16, torch.bfloat16)
 PICKS = ("nearest-exact", "nearest")
 
 
+@documented()
 @remember("forward", "get_loss", "get_weights")
-class DeepSupervisionLoss(_Loss):
-    """``monai.losses.DeepSupervisionLoss``: sum over levels of weight times loss.
+class DeepSupervisionLoss(Loss):
+    """Sum over the levels of a network of weight times loss: ``monai.losses.DeepSupervisionLoss``.
 
     Level l is an output (B, C, *S_l); the target (B, 1 or C, *S), or labels (B, *S), is resized to S_l
     by ``interp_mode``, an attribute. Labels of every integer dtype and bool are resized, by torch's own
-    choice of voxels. ``weights`` counts if it has a value for each level, else ``weight_mode`` decides:
-    "same" 1, "two" 1 and then 1/2, "exp" 1, 1/2, 1/4, 1/8 and then 1/16.
+    choice of voxels.
 
     Outputs go to the loss in float32. Half precision outputs are not copied for that if the loss is one of
     this package's whose kernels add up in float32. The result of a list is a float32 scalar.
 
     state_dict: that of the loss, under ``loss.``.
+
+    Args:
+        loss: a loss of one output and its target, of this package or not, with a scalar result.
+        weight_mode: factors of the levels, finest first: "same" 1, "two" 1 and then 1/2, "exp" 1, 1/2, 1/4,
+            1/8 and then 1/16. As in MONAI another word is taken as "same".
+        weights: factors of the levels in place of ``weight_mode``, which counts where they are fewer than the
+            levels. None: ``weight_mode``.
     """
 
+    BESIDE: ClassVar[Mapping[str, Any]] = {"interp_mode": "nearest-exact"}
     weights: Sequence[float] | None
 
     def __init__(
         self,
         loss: Callable[..., Tensor],
-        weight_mode: str = "exp",
+        weight_mode: Literal["same", "exp", "two"] = "exp",
         weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
@@ -105,10 +114,14 @@ class DeepSupervisionLoss(_Loss):
         """The weighted sum.
 
         Args:
-            input: the outputs, finest first, or one output, which goes to the loss with the target as it is.
-            target: of any resolution.
+            input: the outputs, finest first, each (B, C, *S_l), or one output, which goes to the loss with
+                the target as it is.
+            target: (B, 1 or C, *S) or labels (B, *S), of any resolution.
             mask: voxel weights (B, 1, *S) or (1, 1, *S), for a loss that has the keyword ``mask``. A coarse
-                level takes the weight of each voxel whose label it takes.
+                level takes the weight of each voxel whose label it takes. None: the loss gets no ``mask``.
+
+        Returns:
+            (), float32; for one output what the loss returns.
 
         Raises:
             ValueError: ``input`` is None.
@@ -136,17 +149,20 @@ class DeepSupervisionLoss(_Loss):
         return total.float()
 
 
+@documented()
 @remember("forward")
-class MaskedLoss(_Loss):
-    """``monai.losses.MaskedLoss``: the loss of ``input * mask`` and ``target * mask``.
-
-    Args:
-        loss: a loss, or a class that is called with the arguments that follow.
+class MaskedLoss(Loss):
+    """The loss of ``input * mask`` and ``target * mask``: ``monai.losses.MaskedLoss``.
 
     A logit times 0 is 0 and not absent: its softmax or sigmoid counts. To leave voxels out, or to weigh
     them, pass ``mask`` to a loss of this package itself, which also saves the two products.
 
     state_dict: that of the loss, under ``loss.``.
+
+    Args:
+        loss: a loss, of this package or not, or its class, which is called with the arguments that follow.
+        loss_args: arguments of the class.
+        loss_kwargs: arguments of the class by keyword.
 
     Raises:
         ValueError: the loss is not callable.
@@ -170,8 +186,13 @@ class MaskedLoss(_Loss):
         """The loss of the products; without a mask that of the arguments, with a warning.
 
         Args:
+            input: (B, C, *S), as the loss takes it.
+            target: as the loss takes it, (B, 1 or C, *S).
             mask: (B, 1, *S) or (1, 1, *S). Another number of dimensions or space is warned of and left to
-                broadcasting.
+                broadcasting. None: nothing is masked, with a warning.
+
+        Returns:
+            What the loss returns.
 
         Raises:
             ValueError: the batch of the mask is neither 1 nor B, or it has more than one channel.
