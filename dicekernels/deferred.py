@@ -1,11 +1,11 @@
 """Labels out of range where reading their count would wait for the device: a later call raises.
 
-Behind a forward pass its count is copied into pinned memory, and an event is recorded behind the copy. Later calls
-on the device look at the counts that have arrived, in the order of their calls, and raise LabelRangeError for one
-that is not 0. Nobody waits for a count: what has not arrived when the process ends is never looked at.
+Behind a forward pass its count is copied into pinned memory, and an event is recorded behind the copy. Later
+calls on the device look at the counts that have arrived, in the order of their calls, and raise
+LabelRangeError for one that is not 0. Nobody waits for a count: one that no later call finds raises nothing.
 
-Not counted, so that the loss is NaN with zero gradient and no error follows: what torch.compile or a CUDA graph
-runs, transforms of torch.func, and devices without events or pinned memory.
+Not counted, so that the loss is NaN with zero gradient and no error follows: what torch.compile or a CUDA
+graph runs, transforms of torch.func, and devices without events or pinned memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LIMIT = 64
 
 
 def reads_at_once(device: torch.device) -> bool:
-    """Whether a call reads its own count: on the CPU, which is there already, and where the user asks for it."""
+    """Whether a call reads its own count: on the CPU, where it is, and wherever the user asks for it."""
     return device.type == "cpu" or os.environ.get("DICEKERNELS_CHECK") == "1"
 
 
@@ -132,10 +132,11 @@ def raise_earlier(device: torch.device) -> None:
         return
     count, (_, shape, classes) = found
     raise LabelRangeError(
-        f"target: {count} voxels of an EARLIER call held a label outside [0, {classes}), in a target of shape "
-        f"{tuple(shape)}; its loss was NaN and its gradient zero. Expected labels 0 to {classes - 1} for logits "
-        f"with {classes} channels: remap the labels, give the network more channels, or pass ignore_index to "
-        "leave such voxels out. DICEKERNELS_CHECK=1 raises in the call itself, and names the label and its place"
+        f"target: {count} voxels of an EARLIER call held a label outside [0, {classes}), in a target of "
+        f"shape {tuple(shape)}; its loss was NaN and its gradient zero. Expected labels 0 to {classes - 1} "
+        f"for logits with {classes} channels: remap the labels, give the network more channels, or pass "
+        "ignore_index to leave such voxels out. DICEKERNELS_CHECK=1 raises in the call itself, and names the "
+        "label and its place"
     )
 
 

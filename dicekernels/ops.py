@@ -125,7 +125,7 @@ def _eager_sums(logits: Tensor, target: Tensor, mask: Tensor | None, *args: Any)
 def _checked(slots: Tensor, logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec) -> Tensor:
     """The slots; raises LabelRangeError where reading the count of bad labels costs no synchronisation.
 
-    Elsewhere only with DICEKERNELS_CHECK=1; `finish` makes the loss NaN, and ``call_sums`` has the error come later.
+    Elsewhere only with DICEKERNELS_CHECK=1; `finish` makes the loss NaN, and a later ``call_sums`` raises.
     """
     if spec.rows & BAD and deferred.reads_at_once(logits.device):
         eager.check_labels(slots, target, mask, logits.shape[1], spec)

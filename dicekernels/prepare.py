@@ -76,7 +76,7 @@ def dense_labels(target: Tensor, logits: Tensor, ignore_index: int | None) -> Te
 
     Raises:
         AssertionError: the labels do not fit the logits.
-        LabelRangeError: a label outside [0, C); off the CPU it is NaN in every class, and a later call raises.
+        LabelRangeError: a label outside [0, C); off the CPU in a later call, and it is NaN in every class.
     """
     classes = logits.shape[1]
     if classes == 1:

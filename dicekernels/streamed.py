@@ -109,8 +109,8 @@ def check_labels(
 ) -> None:
     """Raises LabelRangeError if ``bad``, a count for each sample, is not zero.
 
-    As the rest of the package: at once on the CPU and elsewhere with DICEKERNELS_CHECK=1, else in a later call
-    (deferred.py); and not in a trace.
+    As the rest of the package: at once on the CPU and elsewhere with DICEKERNELS_CHECK=1, else in a later
+    call (deferred.py); and not in a trace.
     """
     if traced():
         return

@@ -87,7 +87,7 @@ def region_sums(
 
     Raises:
         ValueError, TypeError: arguments that do not fit.
-        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (CPU).
+        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (on a GPU in a later call).
     """
     checks.tensors(logits, target, mask)
     checks.mask_shape(mask, logits)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import ClassVar
 
 import emulated
 import pytest
@@ -26,8 +27,8 @@ SHAPE = (2, 3, 70, 80)  # two chunks a sample
 class FakeCopy:
     """Its number is there from ``land`` on, in the order of the calls as on a stream."""
 
-    made: list[FakeCopy] = []
-    started: list[FakeCopy] = []
+    made: ClassVar[list[FakeCopy]] = []
+    started: ClassVar[list[FakeCopy]] = []
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -1,4 +1,4 @@
-"""Checks in C++ of the text of csrc/cuda over the emulator: races in shared memory, and what surrounds a launch."""
+"""Checks in C++ of the text of csrc/cuda over the emulator: races in shared memory, and launches."""
 
 from __future__ import annotations
 

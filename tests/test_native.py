@@ -5,6 +5,7 @@ import platform
 import re
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,16 @@ def test_import_and_a_loss_survive_broken_libraries(tmp_path: Path) -> None:
     loss, reason = done.stdout.splitlines()[:2]
     assert abs(float(loss) - 2 / 3) < 1e-6
     assert "invalid ELF header" in reason
+
+
+def test_native_leaves_the_lock_of_a_free_threaded_python_off() -> None:
+    """Such a Python takes its lock again for a module that does not say that it needs none."""
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        code = "import sys, dicekernels._native; print(sys._is_gil_enabled())"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "False"
+    source = (Path(__file__).parent.parent / "csrc" / "native.cpp").read_text()
+    assert re.findall(r"^PYBIND11_MODULE\((.+)\) {$", source, re.M) == ["_native, m, py::mod_gil_not_used()"]
 
 
 def test_package_works_without_native_module(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,10 @@ another. Here it is called as if it had been chosen; "meta" stands for any devic
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import emulated
@@ -81,3 +85,24 @@ def test_a_tensor_of_another_device_is_refused_by_name(ops, op, name):
     refused = f"{name}: got a tensor on meta, expected one on cpu .* move it with {name}.to\\('cpu'\\)"
     with pytest.raises(RuntimeError, match=refused):
         call(getattr(ops, op), tensors, *numbers)
+
+
+@pytest.mark.skipif(not native.library_path("cuda").is_file(), reason="the CUDA library was not built")
+@pytest.mark.parametrize("op", CALLS)
+def test_the_cuda_library_refuses_tensors_of_the_cpu(op):
+    """One tensor of a GPU brings those of the CPU here. No GPU is asked: the refusal comes first.
+
+    In a process of its own, where the library may be loaded beside a torch without CUDA.
+    """
+    code = f"""if True:
+        import torch, test_op_devices
+        if test_op_devices.native.load_error("cuda"):
+            torch.ops.load_library({str(native.library_path("cuda"))!r})
+        make, numbers = test_op_devices.CALLS[{op!r}]
+        key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+        getattr(torch.ops.dicekernels, {op!r}).default.redispatch(key, *make().values(), *numbers)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert re.search("(logits|sums): got a tensor on cpu, expected one on cuda", done.stderr), done.stderr

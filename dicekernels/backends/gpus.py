@@ -1,4 +1,4 @@
-"""What the backends for GPUs ask of the machine: static facts, asked once, and whether a graph is captured."""
+"""What the backends for GPUs ask of the machine: static facts, asked once, and if a graph is captured."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-# Compute capabilities of Tegra: Xavier, Orin, Thor (11.0 since CUDA 13, 10.1 before). Machine code is compatible
-# neither among them nor with that of other GPUs; PTX is. (CUDA programming guide, "Binary compatibility".)
+# Compute capabilities of Tegra, last Xavier, Orin and Thor (11.0 since CUDA 13, 10.1 before). Their machine
+# code is that of no other GPU, theirs or not; PTX is. (CUDA programming guide, "Binary compatibility".)
 TEGRA = frozenset({(5, 3), (6, 2), (7, 2), (8, 7), (10, 1), (11, 0)})
 
 

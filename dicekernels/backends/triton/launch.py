@@ -56,10 +56,10 @@ class Launch(NamedTuple):
             # The first launch loads a module, which the driver forbids while a stream is captured.
             if capturing(device) and getattr(self.compile(), "module", None) is None:
                 raise CaptureError(
-                    f"{self.kernel.__name__}: got its first launch for tensors of this kind on {device} while a "
-                    "CUDA graph is captured, expected one before: it loads the kernel, which the driver forbids "
-                    "in a capture. Run one step on tensors of the same shapes, dtypes and layouts before the "
-                    "capture, as torch.cuda.make_graphed_callables does"
+                    f"{self.kernel.__name__}: got its first launch for tensors of this kind on {device} "
+                    "while a CUDA graph is captured, expected one before: it loads the kernel, which the "
+                    "driver forbids in a capture. Run one step on tensors of the same shapes, dtypes and "
+                    "layouts before the capture, as torch.cuda.make_graphed_callables does"
                 )
             return self.kernel[self.grid](*self.args, **self.meta)
 
