@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import warnings
 from pathlib import Path
 
@@ -177,6 +178,16 @@ def test_cuda_library_warns_where_it_stands_and_torch_could_use_it(
 def test_no_warning_where_the_library_loads_or_a_backend_is_named(tmp_path: Path) -> None:
     assert warnings_of_an_import(ROOT) == ""
     assert warnings_of_an_import(unbuilt(tmp_path / "site"), DICEKERNELS_BACKEND="eager") == ""
+
+
+def test_native_leaves_the_lock_of_a_free_threaded_python_off() -> None:
+    """Such a Python takes its lock again for a module that does not say that it needs none."""
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        code = "import sys, dicekernels._native; print(sys._is_gil_enabled())"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "False"
+    source = (Path(__file__).parent.parent / "csrc" / "native.cpp").read_text()
+    assert re.findall(r"^PYBIND11_MODULE\((.+)\) {$", source, re.M) == ["_native, m, py::mod_gil_not_used()"]
 
 
 def test_package_works_without_native_module(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,8 +86,8 @@ def asymmetric_unified_focal_loss(
         ValueError: not 4 or 5 dimensions, shapes or values that do not fit, an unknown reduction.
         TypeError: what is no tensor; a number that requires a gradient.
         AssertionError: labels with more than one channel.
-        LabelRangeError: a label outside [0, num_classes) with ``to_onehot_y`` (CPU; elsewhere and when
-            compiled the loss is NaN with zero gradient).
+        LabelRangeError: a label outside [0, num_classes) with ``to_onehot_y`` (on a GPU in a later call;
+            there and when compiled the loss is NaN with zero gradient).
     """
     half = Half(checks.constant("gamma", gamma), checks.constant("delta", delta))
     return two_halves_loss(
