@@ -336,6 +336,54 @@ def test_pip_install_with_isolation_stops_with_the_remedy(tmp_path: Path) -> Non
     assert not (tree / "build").exists()
 
 
+@pytest.mark.parametrize(
+    ("verb", "asked", "expected"),
+    [
+        ("build", "", "DICEKERNELS_EMULATED=0 "),  # setup.py's own choice of the libraries
+        ("demo", "", "DICEKERNELS_EMULATED=0 "),
+        ("build-tests", "", "DICEKERNELS_BUILD=nvcc "),
+        ("test", "", "DICEKERNELS_BUILD=nvcc "),
+        ("test", "cpu", "DICEKERNELS_BUILD=cpu "),
+        ("wheel", "", "DICEKERNELS_BUILD=nvcc "),
+        ("wheel", "cpu", "DICEKERNELS_BUILD=cpu "),
+    ],
+)
+def test_make_asks_for_what_the_verb_needs(tmp_path: Path, verb: str, asked: str, expected: str) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    done = run(
+        "make",
+        "-n",
+        verb,
+        f"VENV={tmp_path}",
+        f"PYTHON={sys.executable}",
+        DICEKERNELS_BUILD=asked,
+        MAKEFLAGS="",
+    )
+    lines = [line for line in done.stdout.splitlines() if "--no-build-isolation" in line]
+    assert [line.removeprefix(expected).split()[0] for line in lines] == [f"{tmp_path}/bin/python"]
+
+
+def test_make_builds_once_for_the_tests_and_the_demo(tmp_path: Path) -> None:
+    """What the tests need serves the demo; what the demo needs does not serve the tests."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+
+    def builds(verb: str, *stamps: str) -> bool:
+        for path in tmp_path.glob(".*"):
+            path.unlink()
+        for name in (".dependencies", *stamps):
+            (tmp_path / name).touch()
+        return "--no-build-isolation" in run("make", "-n", verb, f"VENV={tmp_path}", MAKEFLAGS="").stdout
+
+    assert builds("demo")
+    assert not builds("demo", ".build")
+    assert builds("test", ".build")
+    assert not builds("test", ".build", ".build-tests")
+
+
 def cmake(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     program = wheel_gate.program("cmake")
     if program is None:
