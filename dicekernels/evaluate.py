@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import dispatch
 from .autograd import fused_loss, total_sums
-from .backends import eager
 from .finish import VolumeWeight, finish
+from .ops import eager_totals
 from .spec import FN, LossSpec, chunk_count, row_index, row_names
 
 # What explain() collects; None outside it.
@@ -188,10 +188,8 @@ class Call:
             forced = dispatch.forced_backend()
             if forced not in (None, "eager"):
                 raise RuntimeError(f"backend {forced!r} was forced, but {reason}; detach it or force 'eager'")
-        if self.missed is not None or self.volume_weight is not None:
+        if reason or self.missed is not None or self.volume_weight is not None:
             loss = self._run_with_formula(weights, reason)
-        elif reason:
-            loss = eager.loss(self.logits, self.target, self.mask, *weights, self.spec, self.dtype)
         else:
             namespace = dispatch.choose(self.logits).namespace
             tensors: tuple[Tensor | None, ...] = (self.logits, self.target, self.mask, *weights)
@@ -204,7 +202,7 @@ class Call:
         """The sums from the backend, the formula in PyTorch."""
         spec = self.spec
         if reason:
-            totals = eager.sums(self.logits, self.target, self.mask, spec.sums).sum(1)
+            totals = eager_totals(self.logits, self.target, self.mask, spec.sums)
         else:
             namespace = dispatch.choose(self.logits).namespace
             totals = total_sums(self.logits, self.target, self.mask, spec.sums, namespace)

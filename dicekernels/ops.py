@@ -25,6 +25,7 @@ from . import finish as formulas
 from .backends import eager, native
 from .backends.eager import LabelRangeError
 from .derivatives import Gradient
+from .kinds import traced
 from .spec import (
     BAD,
     Activation,
@@ -131,6 +132,15 @@ def _checked(slots: Tensor, logits: Tensor, target: Tensor, mask: Tensor | None,
     if spec.rows & BAD and deferred.reads_at_once(logits.device):
         eager.check_labels(slots, target, mask, logits.shape[1], spec)
     return slots
+
+
+def _count(slots: Tensor, logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec) -> None:
+    """Raises LabelRangeError, or sends the count on its way to a later call."""
+    if not spec.rows & BAD or deferred.reads_at_once(logits.device):
+        _checked(slots, logits, target, mask, spec)
+        return
+    # Of a chunk the count stands in the first class.
+    deferred.count_later(slots[:, :, 0, row_index(spec.rows, BAD)], target, logits.shape[1])
 
 
 def _eager_finish(
@@ -291,18 +301,17 @@ def call_sums(namespace: str, logits: Tensor, target: Tensor, mask: Tensor | Non
     """The op ``sums``; a label out of range raises LabelRangeError, here or in a later call (deferred.py)."""
     op = getattr(torch.ops, namespace).sums
     if torch.compiler.is_compiling():
-        traced: Tensor = op(logits, target, mask, *spec.args())
-        return traced
+        result: Tensor = op(logits, target, mask, *spec.args())
+        return result
     deferred.raise_earlier(logits.device)
     try:
         slots: Tensor = op(logits, target, mask, *spec.args())
         # The kernels of a GPU count such labels; whoever launches them decides whether to wait for the count.
+        # Those of the CPU and what is in BODIES have raised by themselves where that costs no wait.
         counted = namespace not in BODIES and (namespace != "dicekernels" or logits.device.type != "cpu")
-        if spec.rows & BAD and not deferred.reads_at_once(logits.device):
-            # Of a chunk the count stands in the first class.
-            bad = slots[:, :, 0, row_index(spec.rows, BAD)]
-            deferred.count_later(bad, target, logits.shape[1])
-        return _checked(slots, logits, target, mask, spec) if counted else slots
+        if counted or not deferred.reads_at_once(logits.device):
+            _count(slots, logits, target, mask, spec)
+        return slots
     except LabelRangeError:
         raise
     except RuntimeError as error:
@@ -311,6 +320,17 @@ def call_sums(namespace: str, logits: Tensor, target: Tensor, mask: Tensor | Non
         if "hold a label outside [0, " not in message:
             raise
         raise LabelRangeError(message[message.index("target:") :].splitlines()[0]) from None
+
+
+def eager_totals(logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec) -> Tensor:
+    """Sums (B, C, R) in PyTorch, differentiable in every tensor; labels out of range as in ``call_sums``."""
+    slots = eager.sums(logits, target, mask, spec)
+    hidden = traced() or torch._C._are_functorch_transforms_active() or type(slots) is not Tensor
+    if spec.rows & BAD and not hidden:
+        deferred.raise_earlier(logits.device)
+        mask = None if mask is None else mask.detach()
+        _count(slots.detach(), logits, target.detach(), mask, spec)
+    return slots.sum(1)
 
 
 class RegionSums(torch.autograd.Function):

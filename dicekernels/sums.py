@@ -10,8 +10,8 @@ from torch import Tensor
 from . import checks, dispatch
 from .arguments import documented
 from .autograd import total_sums
-from .backends import eager
 from .evaluate import record_step
+from .ops import eager_totals
 from .prepare import kernel_dtype, plain
 from .spec import (
     BAD,
@@ -143,7 +143,7 @@ def region_sums(
             )
         reason = f"{others[0]} requires a gradient"
         record_step(f"backend: eager ({reason}); region_sums", "eager", reason, whole=True)
-        totals = eager.sums(logits, target, mask, spec).sum(1)
+        totals = eager_totals(logits, target, mask, spec)
     else:
         backend = dispatch.choose(logits)
         named_rows = ", ".join(row_names(rows))

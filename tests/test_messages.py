@@ -300,3 +300,34 @@ def test_the_text_of_a_scripted_loss(name: str) -> None:
         with pytest.raises(torch.jit.Error) as caught:
             twin(z, y, mask)
         assert all(part in str(caught.value) for part in parts), caught.value
+
+
+HOT = {"to_onehot_y": True, "softmax": True}
+LEARNED = torch.ones(C, requires_grad=True)
+WAYS: dict[str, Loss] = {
+    "class weights that are learned": lambda z, y: functional.dice_ce_loss(z, y, **HOT, weight=LEARNED),
+    "a lambda that is learned": lambda z, y: functional.dice_ce_loss(z, y, **HOT, lambda_ce=LEARNED[0]),
+    "voxel weights that are learned": lambda z, y: functional.dice_loss(
+        z, y, **HOT, mask=M.clone().requires_grad_()
+    ),
+    "sums of learned voxel weights": lambda z, y: region_sums(z, y, mask=M.clone().requires_grad_()),
+    "a masked label map": lambda z, y: functional.masked_dice_loss(z, y, torch.ones_like(M), **HOT),
+    "a mask that is learned": lambda z, y: functional.masked_dice_loss(
+        z, y, torch.ones_like(M).requires_grad_(), **HOT
+    ),
+    "weights of the volumes": lambda z, y: functional.generalized_dice_loss(
+        z, y, **HOT, w_func=torch.reciprocal
+    ),
+    "a map": lambda z, y: functional.focal_loss(z, y, to_onehot_y=True, reduction="none"),
+    "no space": lambda z, y: functional.dice_loss(z[..., 0, 0, 0], y[..., 0, 0, 0], **HOT),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_label_out_of_range_is_an_error_also_where_pytorch_computes(way: str) -> None:
+    labels = Y.clone()
+    labels[0, 0, 0, 0, 0] = 200
+    with pytest.raises(
+        LabelRangeError, match=r"1 of \d+ voxels hold a label outside \[0, 4\), the first is 200"
+    ):
+        WAYS[way](Z.clone().requires_grad_(), labels)
