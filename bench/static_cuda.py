@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     library: Path = options.library
     if not library.is_file():
-        raise SystemExit(f"bench.static_cuda: {library} not found; run `make build` where nvcc is on PATH")
+        raise SystemExit(f"bench.static_cuda: {library} not found; run `make build-tests`, with nvcc on PATH")
     used = static_library.usage(library)
     missing = sorted(set(options.capability or ()) - set(used))
     if missing:

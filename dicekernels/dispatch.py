@@ -221,3 +221,5 @@ def choose(logits: Tensor) -> Backend:
 
 if os.environ.get(BACKEND_VARIABLE):
     force_backend(os.environ[BACKEND_VARIABLE])
+else:
+    native.warn_of_missing_libraries()

@@ -18,7 +18,7 @@ import torch
 
 from dicekernels._version import __version__
 from dicekernels.backends import native
-from dicekernels.dispatch import BACKENDS, unavailable_backends
+from dicekernels.dispatch import BACKENDS, choose, forced_backend, refusals, unavailable_backends
 
 # Every variable that changes what the package does; docs/environment.md explains each.
 VARIABLES = (
@@ -50,6 +50,33 @@ def report() -> dict[str, Any]:
         "backends": _backends(),
         "variables": {name: os.environ.get(name) for name in VARIABLES},
     }
+
+
+def chosen_backend(device: str) -> tuple[str, str]:
+    """The backend of an ordinary loss on this device, and its processor or why it is no faster one."""
+    logits = torch.empty(1, 4, 1, device=device)
+    name = choose(logits).name
+    if name == "cpu":
+        return name, instruction_set()
+    if name != "eager":
+        return name, torch.cuda.get_device_name(logits.device) if device == "cuda" else ""
+    if forced_backend() == "eager":
+        return name, "as asked for"
+    fast = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device, ("triton",))
+    reasons = refusals(logits)
+    return name, "; ".join(f"{other}: {reasons[other]}" for other in fast)
+
+
+def instruction_set() -> str:
+    """That of the CPU kernels as its makers spell it: AVX-512, AVX2, baseline."""
+    isa = str(_kernel_isa())
+    return {"avx512": "AVX-512", "avx2": "AVX2"}.get(isa, isa)
+
+
+def backend_line(device: str) -> str:
+    """``backend: cpu (AVX-512)``: what a program says before it measures or trains."""
+    name, detail = chosen_backend(device)
+    return f"backend: {name} ({detail})" if detail else f"backend: {name}"
 
 
 def as_text(facts: Mapping[str, Any]) -> str:

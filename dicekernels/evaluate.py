@@ -169,7 +169,7 @@ class Call:
 
         Raises:
             RuntimeError: a backend was forced that cannot run it.
-            LabelRangeError: a label is out of range (CPU).
+            LabelRangeError: a label is out of range, on a GPU in an earlier call.
         """
         if _recorder is not None:
             self.told = self.explain()

@@ -50,7 +50,12 @@ def target_remedy(
     """The remedy after a semicolon, or "" if the shapes show none."""
     samples, classes, space = logits[0], logits[1], logits[2:]
     if swapped:
-        return f"; the arguments look swapped: their order is ({logits_name}, {target_name})"
+        text = f"; the arguments look swapped: their order is ({logits_name}, {target_name})"
+        if classes == 1 and target[1:2] == [2]:
+            text += (
+                f"; if not, {logits_name} of one channel go with the foreground alone, {target_name}[:, 1:]"
+            )
+        return text
     if (target == logits[1:] and samples == 1) or target == space:
         return f"; {target_name} has no batch dimension: use {target_name}[None]"
     if target == logits[1:] or target == [1] + logits[1:]:
@@ -128,6 +133,14 @@ def of_integer_logits(logits: Tensor, target: Tensor, use: str = "") -> str:
     """The error of logits of an integer dtype."""
     text = f"logits: got {logits.dtype}, expected a floating dtype{use}; use logits.float()"
     return text + (", or swap the arguments: (logits, target)" if swapped(logits, target) else "")
+
+
+def of_different_shapes(
+    logits: Tensor, target: Tensor, labels: bool, names: tuple[str, str] = ("logits", "target")
+) -> str:
+    """MONAI's words for a target whose shape does not fit, and :func:`of_target`."""
+    different = f"ground truth has different shape ({target.shape}) from input ({logits.shape}). "
+    return different + of_target(logits, target, labels, names)
 
 
 def of_target(

@@ -35,7 +35,7 @@ def tensor(name: str, value: Any) -> None:
 def dense_tensor(name: str, value: Any) -> None:
     """Raises TypeError unless the values lie in memory, one for each place: what the kernels read."""
     tensor(name, value)
-    # By name: importing torch.distributed.tensor takes longer than all the rest of this package.
+    # By name: a check is no reason to import torch.distributed.tensor.
     if type(value).__name__ == "DTensor":
         raise TypeError(
             f"{name}: got a DTensor placed {tuple(value.placements)}, expected a torch.Tensor; pass "

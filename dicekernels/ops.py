@@ -13,7 +13,6 @@ autograd is in the Functions below.
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, deferred
 from . import finish as formulas
 from .backends import eager, native
 from .backends.eager import LabelRangeError
@@ -40,6 +39,7 @@ from .spec import (
     Transform,
     VoxelTerm,
     chunk_count,
+    row_index,
 )
 
 SUMS_ARGS = (
@@ -126,9 +126,9 @@ def _eager_sums(logits: Tensor, target: Tensor, mask: Tensor | None, *args: Any)
 def _checked(slots: Tensor, logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec) -> Tensor:
     """The slots; raises LabelRangeError where reading the count of bad labels costs no synchronisation.
 
-    Elsewhere only with DICEKERNELS_CHECK=1; `finish` makes the loss NaN.
+    Elsewhere only with DICEKERNELS_CHECK=1; `finish` makes the loss NaN, and a later ``call_sums`` raises.
     """
-    if spec.rows & BAD and (logits.device.type == "cpu" or os.environ.get("DICEKERNELS_CHECK") == "1"):
+    if spec.rows & BAD and deferred.reads_at_once(logits.device):
         eager.check_labels(slots, target, mask, logits.shape[1], spec)
     return slots
 
@@ -288,15 +288,20 @@ _register()
 
 
 def call_sums(namespace: str, logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec) -> Tensor:
-    """The op ``sums``; a label out of range raises LabelRangeError."""
+    """The op ``sums``; a label out of range raises LabelRangeError, here or in a later call (deferred.py)."""
     op = getattr(torch.ops, namespace).sums
     if torch.compiler.is_compiling():
         traced: Tensor = op(logits, target, mask, *spec.args())
         return traced
+    deferred.raise_earlier(logits.device)
     try:
         slots: Tensor = op(logits, target, mask, *spec.args())
         # The kernels of a GPU count such labels; whoever launches them decides whether to wait for the count.
         counted = namespace not in BODIES and (namespace != "dicekernels" or logits.device.type != "cpu")
+        if spec.rows & BAD and not deferred.reads_at_once(logits.device):
+            # Of a chunk the count stands in the first class.
+            bad = slots[:, :, 0, row_index(spec.rows, BAD)]
+            deferred.count_later(bad, target, logits.shape[1])
         return _checked(slots, logits, target, mask, spec) if counted else slots
     except LabelRangeError:
         raise

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import checks, hints
+from . import checks, deferred, hints
 from .backends import eager
 from .spec import BAD, Activation, SumsSpec
 
@@ -76,7 +76,7 @@ def dense_labels(target: Tensor, logits: Tensor, ignore_index: int | None) -> Te
 
     Raises:
         AssertionError: the labels do not fit the logits.
-        LabelRangeError: a label outside [0, C) on the CPU; elsewhere it is NaN in every class.
+        LabelRangeError: a label outside [0, C); off the CPU in a later call, and it is NaN in every class.
     """
     classes = logits.shape[1]
     if classes == 1:
@@ -90,8 +90,11 @@ def dense_labels(target: Tensor, logits: Tensor, ignore_index: int | None) -> Te
     labels = labels.reshape(logits.shape[0], 1, *logits.shape[2:])
     ignored = eager.ignored_labels(labels, spec)
     bad = ((labels.long() < 0) | (labels.long() >= classes)) & ~ignored
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        eager.check_labels(bad.flatten(1).sum(1, keepdim=True), labels, None, classes, spec)
+    if not torch.compiler.is_compiling():
+        if deferred.reads_at_once(labels.device):
+            eager.check_labels(bad.flatten(1).sum(1, keepdim=True), labels, None, classes, spec)
+        else:
+            deferred.count_later(bad, labels, classes)
     channels = torch.arange(classes, device=labels.device).view(-1, *[1] * (labels.ndim - 2))
     return (labels.long() == channels).float().masked_fill(bad, float("nan"))
 
@@ -205,10 +208,9 @@ def prepare(
 
 def _check_target(logits: Tensor, target: Tensor, dense: bool, mismatch: type[Exception]) -> None:
     shape, expected = tuple(target.shape), tuple(logits.shape)
-    different = f"ground truth has different shape ({target.shape}) from input ({logits.shape}). "
     if dense:
         if shape != expected:
-            raise mismatch(different + hints.of_target(logits, target, False))
+            raise mismatch(hints.of_different_shapes(logits, target, False))
         return
     if shape == (expected[0], *expected[2:]) and len(shape) > 1:
         return
@@ -217,7 +219,7 @@ def _check_target(logits: Tensor, target: Tensor, dense: bool, mismatch: type[Ex
             "labels should have a channel with length equal to one. " + hints.of_target(logits, target, True)
         )
     if (shape[0], *shape[2:]) != (expected[0], *expected[2:]):
-        raise mismatch(different + hints.of_target(logits, target, True))
+        raise mismatch(hints.of_different_shapes(logits, target, True))
 
 
 def _dense_ignore_mask(target: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:

@@ -6,14 +6,13 @@ any device, so a piece's temporaries are all the memory that it takes beside the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import deferred, dispatch
 from .backends import eager
 from .evaluate import record_step
 from .kinds import traced
@@ -106,14 +105,17 @@ def check_labels(
 ) -> None:
     """Raises LabelRangeError if ``bad``, a count for each sample, is not zero.
 
-    Only where the rest of the package does, on the CPU and elsewhere with DICEKERNELS_CHECK=1; and not in
-    a trace.
+    As the rest of the package: at once on the CPU and elsewhere with DICEKERNELS_CHECK=1, else in a later
+    call (deferred.py); and not in a trace.
     """
     if traced():
         return
-    if labels.device.type == "cpu" or os.environ.get("DICEKERNELS_CHECK") == "1":
+    if deferred.reads_at_once(labels.device):
         # (B, 1) of a row: the shape that the check of the eager backend reads.
         eager.check_labels(bad.detach()[:, None], labels, mask, classes, label_spec(ignore_index))
+    else:
+        deferred.raise_earlier(labels.device)
+        deferred.count_later(bad.detach(), labels, classes)
 
 
 def label_spec(ignore_index: int | None) -> SumsSpec:

@@ -100,7 +100,7 @@ def region_sums(
 
     Raises:
         ValueError, TypeError: arguments that do not fit.
-        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (CPU).
+        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (on a GPU in a later call).
     """
     checks.tensors(logits, target, mask)
     checks.voxel_weights(None if mask is None else plain(mask), logits)

@@ -1,7 +1,7 @@
 """The CUDA kernels on the CPU: their text compiled by g++ over tests/cpp/emulator.h, one more backend.
 
-The library is built by ``make build`` beside the others and stands in tests/cpp, outside of the package;
-what registers its ops, and for a test the backend "emulated" behind the others, is here.
+The library is built by ``make build-tests`` and stands in tests/cpp, outside of the package; what registers
+its ops, and for a test the backend "emulated" behind the others, is here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def unavailable() -> str:
     ops.define(NAMESPACE)
     autograd.define(NAMESPACE)
     if not LIBRARY.is_file():
-        return f"{LIBRARY} not found; run `make build`"
+        return f"{LIBRARY} not found; run `make build-tests`"
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:

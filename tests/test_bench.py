@@ -25,8 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # Last, so that an installed dicekernels is not hidden by the sources beside bench.
 sys.path.append(str(ROOT))
 
+import dicekernels  # noqa: E402
 from bench import measure, peers, report, run, schema  # noqa: E402
 from bench.cases import SUITES, Case  # noqa: E402
+from dicekernels import dispatch  # noqa: E402
 
 LINUX = sys.platform == "linux"
 GLIBC = platform.libc_ver()[0] == "glibc"
@@ -389,6 +391,25 @@ def test_closed_forms_are_right(loss: str, dtype: str, layout: str, monkeypatch:
         (gradient,) = torch.autograd.grad(value, logits)
         if contender.name == "closed form, unrolled":
             assert gradient.stride() == logits.stride()
+
+
+def test_backend_is_named_before_anything_runs() -> None:
+    if dispatch.BACKENDS["cpu"].available():
+        pytest.skip("the CPU library was not built")
+    auto = run._parse(["--suite=cpu"])
+    assert re.fullmatch(r"backend: cpu \((AVX-512|AVX2|baseline)\)", run.announced(auto))
+    assert run.announced(run._parse(["--suite=cpu", "--backend=cpu,eager"])) == "backends: cpu, eager"
+
+
+def test_auto_that_fell_to_eager_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dispatch._unavailable, "cpu", "the library is not built")
+    options = ["--suite=cpu", f"--out={tmp_path}"]
+    with pytest.raises(SystemExit, match=r"'auto' is the eager one here \(cpu: the library is not built\)"):
+        run.main(options)
+    assert list(tmp_path.iterdir()) == []
+    assert run.announced(run._parse([*options, "--backend=eager"])) == "backends: eager"
+    with dicekernels.use_backend("eager"):
+        assert run.announced(run._parse(options)) == "backend: eager (as asked for)"
 
 
 def test_package_does_not_know_its_benchmarks() -> None:

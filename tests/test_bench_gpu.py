@@ -221,7 +221,7 @@ def test_the_sanitizer_takes_one_backend_after_the_other() -> None:
     expected = [(tool, name) for name in ("cuda", "triton") for tool in tools]
     expected += [("synccheck", name) for name in ("cuda", "triton")]
     assert sanitize.in_order([*tools, "synccheck"], ["cuda", "triton"]) == expected
-    assert {problem.loss for problem in sanitize.PROBLEMS} == {*TRAINED, "values"}
+    assert {problem.loss for problem in sanitize.PROBLEMS} == {*TRAINED, "values", "soft values"}
 
 
 def test_prebuilt_problems_are_those_of_the_suite() -> None:

@@ -279,5 +279,5 @@ def test_problems_are_the_class_counts_dtypes_and_passes_that_are_reported() -> 
 
 
 def test_command_says_what_to_do_without_a_library(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="run `make build` where nvcc is on PATH"):
+    with pytest.raises(SystemExit, match="run `make build-tests` where nvcc is on PATH"):
         static_cuda.main(["--library", str(tmp_path / "none.so")])

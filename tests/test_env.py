@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -90,6 +91,27 @@ def test_broken_library_shows_its_error(tmp_path: Path) -> None:
     assert facts["variables"]["DICEKERNELS_LIBRARY_PATH"] == str(tmp_path)
 
 
+def line_of_a_process(**variables: str) -> str:
+    code = "from dicekernels import env; print(env.backend_line('cpu'))"
+    environment = os.environ | {"DICEKERNELS_BACKEND": ""} | variables
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="of this processor there is one set only")
+def test_backend_line_names_the_instruction_set() -> None:
+    assert line_of_a_process(DICEKERNELS_CPU_CAPABILITY="avx2") == "backend: cpu (AVX2)"
+    assert line_of_a_process(DICEKERNELS_CPU_CAPABILITY="default") == "backend: cpu (baseline)"
+
+
+def test_backend_line_tells_why_it_is_eager(tmp_path: Path) -> None:
+    told = line_of_a_process(DICEKERNELS_LIBRARY_PATH=str(tmp_path))
+    assert told.startswith(f"backend: eager (cpu: {tmp_path / 'libdicekernels_cpu.so'} not found")
+    assert line_of_a_process(DICEKERNELS_BACKEND="eager") == "backend: eager (as asked for)"
+
+
 def test_every_variable_is_documented() -> None:
     folders = {"dicekernels": "*.py", "csrc": "*.[ch]*"}
     sources = [path for folder, kind in folders.items() for path in (ROOT / folder).rglob(kind)]
@@ -101,7 +123,7 @@ def test_every_variable_is_documented() -> None:
     }
     documented = set(re.findall(r"`([A-Z_]+)`", (ROOT / "docs/environment.md").read_text()))
     # Options of CMake that setup.py sets, not variables of the environment.
-    options = ("ARCH_LIST", "COMMIT", "EMULATED", "SANITIZE", "TORCH_DIR", "TORCH_VERSION", "VERSION")
+    options = ("ARCH_LIST", "COMMIT", "SANITIZE", "TORCH_DIR", "TORCH_VERSION", "VERSION")
     used -= {f"DICEKERNELS_{option}" for option in options}
     assert {"DICEKERNELS_BUILD", "DICEKERNELS_LIBRARY_PATH"} <= used
     assert used <= documented

@@ -5,6 +5,7 @@ A row is a mistake that people make. ``{z}`` and ``{y}`` are the loss's names of
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 import dicekernels
-from dicekernels import functional, region_sums
+from dicekernels import LabelRangeError, functional, region_sums
 
 # No two sizes alike: a batch dimension that is missing cannot fit by accident.
 B, C, SPACE = 2, 4, (5, 6, 7)
@@ -140,6 +141,31 @@ def test_a_target_of_another_shape(name: str, case: tuple[str, Tensor, Tensor, b
     for form in forms(name, labels):
         text = message(form, z, y, error=error)
         assert got in text and expected in text and remedy.format(**names) in text, text
+
+
+def test_one_channel_beside_a_one_hot_target_of_two() -> None:
+    text = message(functional.dice_loss, Z[:, :1], G[:, :2], error=AssertionError)
+    assert "target: got shape (2, 2, 5, 6, 7), expected (2, 1, 5, 6, 7) as logits" in text
+    assert "look swapped" in text and "the foreground alone, target[:, 1:]" in text
+
+
+@every_loss
+@pytest.mark.parametrize(("bad", "shown"), [(3.5, None), (4.5, "4.5"), (-1.5, "-1.5"), (math.nan, "nan")])
+def test_labels_of_a_floating_dtype(name: str, bad: float, shown: str | None) -> None:
+    """Truncated as in MONAI; what is no label then is named as it is."""
+    labels = Y.float()
+    labels[1, 0, 2, 3, 4] = bad
+    for form in forms(name):
+        if shown is None:
+            values = [
+                torch.stack(tuple(form(Z, y)[:3])) if name == "region_sums" else form(Z, y)
+                for y in (labels, labels.long())
+            ]
+            assert torch.equal(*values)
+            continue
+        text = message(form, Z, labels, error=LabelRangeError)
+        assert f"target: 1 of 420 voxels hold a label outside [0, 4), the first is {shown}" in text
+        assert "leave these voxels out by a mask" in text
 
 
 @every_loss

@@ -3,8 +3,11 @@
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from dicekernels import dispatch
 from dicekernels._version import __version__
 from dicekernels.backends import native
 
+ROOT = native.PACKAGE.parent
 X86 = platform.machine() == "x86_64"
 
 
@@ -100,6 +104,90 @@ def test_import_and_a_loss_survive_broken_libraries(tmp_path: Path) -> None:
     loss, reason = done.stdout.splitlines()[:2]
     assert abs(float(loss) - 2 / 3) < 1e-6
     assert "invalid ELF header" in reason
+
+
+def warnings_of_an_import(folder: Path, **variables: str) -> str:
+    """What a new process prints to stderr that imports the package of this folder, if one is there."""
+    hidden = ("DICEKERNELS_BACKEND", "DICEKERNELS_LIBRARY_PATH", "PYTHONWARNINGS")
+    environment = {key: value for key, value in os.environ.items() if key not in hidden}
+    code = "import dicekernels, sys; import dicekernels.env; print(dicekernels.__file__)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, env=environment | variables, cwd=folder, capture_output=True, text=True, check=True
+    )
+    assert Path(done.stdout.strip()).parent.parent == folder
+    return done.stderr
+
+
+def unbuilt(folder: Path, *others: str) -> Path:
+    """A folder with the package without libraries, and empty files of these names."""
+    ignored = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
+    shutil.copytree(native.PACKAGE, folder / "dicekernels", ignore=ignored)
+    for name in others:
+        (folder / name).touch()
+    return folder
+
+
+def test_unbuilt_clone_warns_once_and_says_where_an_installed_one_is(tmp_path: Path) -> None:
+    clone = unbuilt(tmp_path / "clone", "CMakeLists.txt", "setup.py")
+    told = warnings_of_an_import(clone)
+    assert told.count("UserWarning") == 1
+    assert told.startswith("<string>:1: UserWarning: dicekernels runs without its CPU library")
+    assert f"{clone} is a clone that was not built. Run `make build` there, or install it" in told
+
+    installed = tmp_path / "site"
+    for folder in ("dicekernels", "dicekernels-0.1.0.dist-info"):
+        (installed / folder).mkdir(parents=True)
+    (installed / "dicekernels" / "libdicekernels_cpu.so").touch()
+    (installed / "dicekernels-0.1.0.dist-info" / "METADATA").write_text("Name: dicekernels\nVersion: 0.1.0\n")
+    told = warnings_of_an_import(clone, PYTHONPATH=str(installed))
+    assert f"start Python outside of it: an installed dicekernels is in {installed}." in told
+
+
+def test_installed_package_without_its_library_warns_with_the_remedy(tmp_path: Path) -> None:
+    told = warnings_of_an_import(unbuilt(tmp_path / "site"))
+    assert f"{tmp_path / 'site' / 'dicekernels' / 'libdicekernels_cpu.so'} not found (not built)" in told
+    assert "pip install --no-build-isolation ." in told
+    assert "is a clone" not in told
+
+
+def test_library_that_does_not_load_warns_with_its_first_cause(tmp_path: Path) -> None:
+    clone = unbuilt(tmp_path / "clone", "CMakeLists.txt")
+    (clone / "dicekernels" / "libdicekernels_cpu.so").write_bytes(b"no shared library" * 100)
+    told = warnings_of_an_import(clone)
+    assert told.count("UserWarning") == 1
+    assert "invalid ELF header" in told
+    assert "is a clone" not in told
+
+
+def test_cuda_library_warns_where_it_stands_and_torch_could_use_it(
+    library_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(native._outcomes, "cpu", "")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        native.warn_of_missing_libraries()  # a CPU-only wheel is no fault
+
+    (library_folder / "libdicekernels_cuda.so").write_bytes(b"no shared library" * 100)
+    del native._outcomes["cuda"]
+    with pytest.warns(UserWarning, match="without its CUDA library: .*invalid ELF header"):
+        native.warn_of_missing_libraries()
+
+
+def test_no_warning_where_the_library_loads_or_a_backend_is_named(tmp_path: Path) -> None:
+    assert warnings_of_an_import(ROOT) == ""
+    assert warnings_of_an_import(unbuilt(tmp_path / "site"), DICEKERNELS_BACKEND="eager") == ""
+
+
+def test_native_leaves_the_lock_of_a_free_threaded_python_off() -> None:
+    """Such a Python takes its lock again for a module that does not say that it needs none."""
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        code = "import sys, dicekernels._native; print(sys._is_gil_enabled())"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "False"
+    source = (Path(__file__).parent.parent / "csrc" / "native.cpp").read_text()
+    assert re.findall(r"^PYBIND11_MODULE\((.+)\) {$", source, re.M) == ["_native, m, py::mod_gil_not_used()"]
 
 
 def test_package_works_without_native_module(monkeypatch: pytest.MonkeyPatch) -> None:

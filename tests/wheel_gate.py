@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MOST_BYTES = 16 * 2**20
 SYSTEM = {"libstdc++", "libgcc_s", "libm", "libc", "libdl", "librt", "libpthread"}
-METADATA = {"METADATA", "WHEEL", "RECORD", "top_level.txt", "licenses/LICENSE"}
+METADATA = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}
 
 # Two classes, four voxels, softmax of zeros: every probability is 1/2. Class 0: I = 3/2 of P + G = 2 + 3,
 # class 1: I = 1/2 of 2 + 1. Dice 3/5 and 1/3, loss 1 - (3/5 + 1/3)/2 = 8/15. The slopes by p of class 0 and 1
@@ -228,7 +228,11 @@ class Wheel:
         printed = output(inside, "smoke.py", cwd=folder, env=environment)
         facts = json.loads(printed.splitlines()[-1])
         assert facts["build"] == self.info
-        return f"beside torch {facts['torch']}; CUDA library: {facts['cuda'] or 'loaded'}"
+        if not self.info["cuda"]:
+            cuda = "none in this wheel"
+        else:
+            cuda = "loads; not used by this torch, which is no CUDA build" if facts["cuda"] else "loaded"
+        return f"beside torch {facts['torch']}; CUDA library: {cuda}"
 
 
 def passes(path: Path, python: str) -> bool:

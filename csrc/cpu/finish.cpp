@@ -24,6 +24,7 @@ struct Values {
   std::vector<double> values;
   Values(const std::optional<Tensor>& tensor, int64_t expected, const char* name) {
     if (!tensor) return;
+    check_device(*tensor, name, torch::headeronly::kCPU);
     values = doubles(*tensor);
     STD_TORCH_CHECK(static_cast<int64_t>(values.size()) == expected, name, ": got ", values.size(),
                     " values, expected ", expected);
@@ -86,6 +87,7 @@ std::tuple<Tensor, Tensor> finish_op(
     double smooth_dr, int64_t transform, double exponent, int64_t gdl_weight, int64_t skipped,
     bool batch, int64_t reduction, double label_smoothing, int64_t denominator,
     int64_t voxel_skipped, bool empty, torch::headeronly::ScalarType dtype) {
+  check_device(sums, "sums", torch::headeronly::kCPU);
   const int64_t samples = sums.size(0), chunks = sums.size(1), classes = sums.size(2);
   const FinishSpec f{rows,
                      static_cast<Formula>(formula),

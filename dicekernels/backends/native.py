@@ -3,14 +3,17 @@
 `libdicekernels_<name>.so` stands beside the package (or in `DICEKERNELS_LIBRARY_PATH`) and
 registers its ops with PyTorch when it is loaded. A library that cannot be loaded is no error here:
 another backend takes over, and `load_error` tells the cause to whoever asks or forces the backend.
-`_build_info.json` beside the libraries says how they were built. Nothing here registers an op.
+`warn_of_missing_libraries` says so once, when the package is imported. `_build_info.json` beside the
+libraries says how they were built. Nothing here registers an op.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import os
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,6 +55,47 @@ def load_error(name: str) -> str | None:
     if name not in _outcomes:
         _outcomes[name] = _load(name, library_path(name))
     return _outcomes[name] or None
+
+
+def warn_of_missing_libraries() -> None:
+    """Warn, at the import of the package, that its CPU library is missing or that a library does not load.
+
+    Without it the losses are the same and many times slower, which nobody would see. A wheel without CUDA is
+    no fault, nor is a CUDA library beside a torch without CUDA.
+    """
+    for name in ("cpu", "cuda") if torch.version.cuda else ("cpu",):
+        if is_loaded(name) or (name == "cuda" and not library_path(name).is_file()):
+            continue
+        # Triton takes the place of the CUDA library, nothing fast that of the other.
+        loss = ", far slower" if name == "cpu" else ""
+        # Through dispatch.py and __init__.py to the line that imports the package.
+        warnings.warn(
+            f"dicekernels runs without its {name.upper()} library{loss}: {_remedy(name)}. "
+            "DICEKERNELS_BACKEND=eager ends this warning.",
+            stacklevel=4,
+        )
+
+
+def _remedy(name: str) -> str:
+    """The error of `load_error`; for a clone that was not built, what it is and where to find another."""
+    clone = PACKAGE.parent
+    missing = not library_path(name).is_file() and not os.environ.get(PATH_VARIABLE)
+    if not missing or not (clone / "CMakeLists.txt").is_file():
+        return load_error(name) or ""
+    text = f"{clone} is a clone that was not built. Run `make build` there"
+    found = _installed_elsewhere()
+    if found is None:
+        return f"{text}, or install it (docs/install.md) and start Python outside of it"
+    return f"{text}, or start Python outside of it: an installed dicekernels is in {found.parent}"
+
+
+def _installed_elsewhere() -> Path | None:
+    """Folder of an installed package of ours with a CPU library, other than this one."""
+    for distribution in importlib.metadata.distributions(name="dicekernels"):
+        folder = Path(str(distribution.locate_file("dicekernels"))).resolve()
+        if folder != PACKAGE and (folder / "libdicekernels_cpu.so").is_file():
+            return folder
+    return None
 
 
 def native_module() -> ModuleType | None:

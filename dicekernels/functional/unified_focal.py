@@ -86,8 +86,8 @@ def asymmetric_unified_focal_loss(
         ValueError: not 4 or 5 dimensions, shapes or values that do not fit, an unknown reduction.
         TypeError: what is no tensor; a number that requires a gradient.
         AssertionError: labels with more than one channel.
-        LabelRangeError: a label outside [0, num_classes) with ``to_onehot_y`` (CPU; elsewhere and when
-            compiled the loss is NaN with zero gradient).
+        LabelRangeError: a label outside [0, num_classes) with ``to_onehot_y`` (on a GPU in a later call;
+            there and when compiled the loss is NaN with zero gradient).
     """
     half = Half(checks.constant("gamma", gamma), checks.constant("delta", delta))
     return two_halves_loss(
@@ -158,10 +158,9 @@ def two_halves_loss(
 
 def _target(p: Tensor, g: Tensor, one_hot: bool, num_classes: int) -> Tensor:
     """Labels (B, 1, *S), or values of the shape of p."""
-    different = f"ground truth has different shape ({g.shape}) from input ({p.shape}). "
     if not one_hot:
         if g.shape != p.shape:
-            raise ValueError(different + hints.of_target(p, g, False, NAMES))
+            raise ValueError(hints.of_different_shapes(p, g, False, NAMES))
         return g
     if g.shape == (p.shape[0], *p.shape[2:]):
         g = g[:, None]
@@ -170,7 +169,7 @@ def _target(p: Tensor, g: Tensor, one_hot: bool, num_classes: int) -> Tensor:
             "labels should have a channel with length equal to one. " + hints.of_target(p, g, True, NAMES)
         )
     if g.shape != (p.shape[0], 1, *p.shape[2:]):
-        raise ValueError(different + hints.of_target(p, g, True, NAMES))
+        raise ValueError(hints.of_different_shapes(p, g, True, NAMES))
     if num_classes != p.shape[1]:
         raise ValueError(
             f"ground truth has different shape: one-hot of num_classes={num_classes}, "

@@ -61,8 +61,8 @@ def generalized_wasserstein_dice_loss(
         TypeError: what is no tensor.
         RuntimeError: C is not the matrix's, or the target has another number of voxels (torch's type).
         NotImplementedError: logits of integers (torch's type).
-        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (CPU; elsewhere and when
-            compiled the loss is NaN with zero gradient).
+        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (on a GPU in a later call; there
+            and when compiled the loss is NaN with zero gradient).
     """
     return normalised_wasserstein_dice_loss(
         logits,

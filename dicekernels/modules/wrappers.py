@@ -228,8 +228,8 @@ def _masked(name: str, values: Tensor, mask: Tensor) -> Tensor:
         return values * mask
     except RuntimeError as error:
         raise RuntimeError(
-            f"mask: got shape {tuple(mask.shape)} on {mask.device}, expected (B, 1, *S) beside "
-            f"the {name} of shape {tuple(values.shape)} on {values.device}; torch: {error}"
+            f"{error}. mask: got shape {tuple(mask.shape)} on {mask.device}, expected (B, 1, *S) beside the "
+            f"{name} of shape {tuple(values.shape)} on {values.device}"
         ) from error
 
 

@@ -73,15 +73,9 @@ def check_shapes(logits: Tensor, target: Tensor, mask: Tensor | None, one_hot: b
             )
         labels = target.squeeze(1) if target.ndim == logits.ndim else target
         if labels.shape[0] != logits.shape[0] or labels.shape[1:] != space:
-            raise AssertionError(
-                f"ground truth has different shape ({target.shape}) from input ({logits.shape}). "
-                + hints.of_target(logits, target, True)
-            )
+            raise AssertionError(hints.of_different_shapes(logits, target, True))
     elif target.shape != logits.shape:
-        raise AssertionError(
-            f"ground truth has different shape ({target.shape}) from input ({logits.shape}). "
-            + hints.of_target(logits, target, False)
-        )
+        raise AssertionError(hints.of_different_shapes(logits, target, False))
     if mask is not None:
         check_mask(mask, logits)
 
