@@ -7,9 +7,9 @@ background), ``*S`` the space, p the prediction, g the target.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
-import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -175,18 +175,23 @@ def _text(function: Callable[..., Any], own: Written, texts: dict[str, str]) -> 
 
 def _entry(argument: inspect.Parameter, text: str) -> str:
     stars = str(argument).partition(argument.name)[0]
-    kind = re.sub(
-        r"Literal\[([^]]*)\]", lambda found: found[1].replace(", ", " | "), str(argument.annotation)
-    )
+    default = "" if argument.default is argument.empty else f" Default: {argument.default!r}."
+    return _filled(f"{stars}{argument.name} ({_type(str(argument.annotation))}): {text}{default}")
+
+
+@functools.cache
+def _type(annotation: str) -> str:
+    kind = re.sub(r"Literal\[([^]]*)\]", lambda found: found[1].replace(", ", " | "), annotation)
     for alias, meaning in ALIASES.items():
         kind = re.sub(rf"(?<![\w.]){re.escape(alias)}\b", meaning, kind)
-    kind = " | ".join(dict.fromkeys(kind.split(" | ")))
-    default = "" if argument.default is argument.empty else f" Default: {argument.default!r}."
-    return textwrap.fill(
-        f"{stars}{argument.name} ({kind}): {text}{default}",
-        WIDTH,
-        initial_indent=" " * 4,
-        subsequent_indent=" " * 8,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    return " | ".join(dict.fromkeys(kind.split(" | ")))
+
+
+def _filled(text: str) -> str:
+    """Lines of WIDTH; textwrap would take twice the time, at every import."""
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) >= WIDTH - 8:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return "    " + "\n        ".join(lines)
