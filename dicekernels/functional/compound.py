@@ -88,7 +88,7 @@ def dice_ce_loss(
         TypeError, ValueError: as the arguments say; what is no tensor, on another device, a mask of another
             shape, or a target with another number of dimensions or channels.
         AssertionError: a target whose shape does not fit, such as labels with ``to_onehot_y=False``.
-        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (CPU).
+        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (on a GPU in a later call).
     """
     reduction = checks.option("reduction", reduction, ("mean", "sum"))
     checks.tensors(logits, target, mask)

@@ -123,7 +123,7 @@ def focal_loss(
         TypeError, ValueError: as the arguments say; what is no tensor, on another device, a mask or target of
             another shape.
         AssertionError: labels of more than one channel.
-        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (CPU).
+        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (on a GPU in a later call).
     """
     checks.option("reduction", reduction, ("mean", "sum", "none"))
     inputs = prepare(

@@ -57,7 +57,7 @@ def masked_dice_loss(
         RuntimeError: a mask that does not broadcast to (B, 1, *S).
         TypeError: what is no tensor, or no activation.
         AssertionError: a target whose shape does not fit.
-        LabelRangeError: a label times mask outside [0, C) (CPU).
+        LabelRangeError: a label times mask outside [0, C) (on a GPU in a later call).
     """
     options: dict[str, Any] = {
         "include_background": include_background,

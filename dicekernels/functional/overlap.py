@@ -62,7 +62,7 @@ def dice_loss(
         TypeError, ValueError: as the arguments say; what is no tensor, on another device, or a mask of
             another shape.
         AssertionError: a target whose shape does not fit.
-        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (CPU).
+        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (on a GPU in a later call).
     """
     inputs = prepare(
         logits,
@@ -132,7 +132,7 @@ def generalized_dice_loss(
         TypeError, ValueError: as the arguments say; what is no tensor, on another device, or a mask of
             another shape.
         AssertionError: a target whose shape does not fit.
-        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (CPU).
+        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (on a GPU in a later call).
     """
     inputs = prepare(
         logits,
@@ -194,7 +194,7 @@ def tversky_loss(
         TypeError, ValueError: as the arguments say; what is no tensor, on another device, or a mask of
             another shape.
         AssertionError: a target whose shape does not fit.
-        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (CPU).
+        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (on a GPU in a later call).
     """
     inputs = prepare(
         logits,
@@ -262,7 +262,7 @@ def mcc_loss(
         TypeError, ValueError: as the arguments say; what is no tensor, on another device, or a mask of
             another shape.
         AssertionError: a target whose shape does not fit.
-        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (CPU).
+        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (on a GPU in a later call).
     """
     inputs = prepare(
         logits,
