@@ -26,8 +26,8 @@ Args:
     include_background: False leaves class 0 out of the loss, after the activation: a softmax still runs
         over all channels. Ignored, with a warning, for one channel.
     to_onehot_y: True: the target holds labels and is read as one-hot; fractions are truncated. A label
-        outside [0, C) is a LabelRangeError, on a GPU in a later call: there the loss is NaN and its gradient
-        zero. False: it has the shape of the logits. Ignored, with a warning, for one channel.
+        outside [0, C) is a LabelRangeError on the CPU; on a GPU the loss is NaN with zero gradient, and a
+        later call raises. False: it has the shape of the logits. Ignored, with a warning, for one channel.
     sigmoid: take the sigmoid of the logits. At most one of the three activations, else ValueError.
     softmax: take the softmax of the logits over dimension 1. Ignored, with a warning, for one channel.
     other_act: an activation of your own: a function of the whole tensor (B, C, *S), else TypeError. It runs
