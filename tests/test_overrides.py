@@ -279,3 +279,14 @@ def test_an_override_sees_outputs_of_half_precision_in_float32(path):
     logits, labels = data()
     dicekernels.DeepSupervisionLoss(loss)([logits.half()], labels)
     assert seen == [F32]
+
+
+def test_a_half_of_ones_own_needs_no_option_of_ours():
+    class Overlap(nn.Module):
+        def forward(self, z: Tensor, g: Tensor) -> Tensor:
+            return (torch.softmax(z, 1) - g).abs().mean()
+
+    losses = [library.DiceFocalLoss(**HOT) for library in (dicekernels, monai_losses)]
+    for loss in losses:
+        loss.dice = Overlap()
+    assert_same(*losses, "another overlap")

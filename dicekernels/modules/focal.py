@@ -203,7 +203,7 @@ class DiceFocalLoss(TwoHalves):
             checks.dice_ce_shapes(input, target)
             record_step(f"two passes: {reason}", reason=reason)
             if self.to_onehot_y:
-                target = dense_labels(target, input, dice.ignore_index)
+                target = dense_labels(target, input, getattr(dice, "ignore_index", None))
             more = {} if mask is None else {"mask": mask}
             total: Tensor = self.lambda_dice * dice(input, target, **more)
             total = total + self.lambda_focal * focal(input, target, **more)
