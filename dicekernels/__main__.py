@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 
 from ._version import __version__
-from .dispatch import BACKENDS
-from .env import instruction_set
+from .backends import native
+from .dispatch import available_backends
 
 COMMANDS = {
     "python -m dicekernels.env": "versions, build, processor, GPUs, why a backend does not run (--json)",
@@ -26,9 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     width = max(map(len, COMMANDS))
     for command, meaning in COMMANDS.items():
         print(f"  {command:<{width}}  {meaning}")
-    running = [name for name, backend in BACKENDS.items() if not backend.available()]
-    shown = [f"cpu ({instruction_set()})" if name == "cpu" else name for name in running]
+    isa = native.instruction_set()
+    refused = isa.startswith("refused")
+    shown = [f"cpu ({isa})" if name == "cpu" else name for name in available_backends()]
+    if refused:
+        shown.remove(f"cpu ({isa})")
     print(f"backends that run here: {', '.join(shown)}")
+    if refused:
+        print(f"cpu {isa}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ calls on the device look at the counts that have arrived, in the order of their 
 LabelRangeError for one that is not 0. Nobody waits for a count: one that no later call finds raises nothing.
 
 Not counted, so that the loss is NaN with zero gradient and no error follows: what torch.compile or a CUDA
-graph runs, transforms of torch.func, and devices without events or pinned memory.
+graph runs, what PyTorch computes inside a transform of torch.func, and devices without events or pinned memory.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class Copy:
         # Made inside of inference mode it could not be written to outside.
         with torch.inference_mode(False):
             self._host = _pinned()
+        # The same memory: a mode of torch, as that of fake tensors, sees no read of it.
+        self._landed = self._host.numpy()
         self._event = self._module.Event()
 
     def start(self, number: Tensor) -> None:
@@ -54,7 +56,7 @@ class Copy:
         return bool(self._event.query())
 
     def value(self) -> float:
-        return self._host.item()
+        return float(self._landed)
 
 
 def _pinned() -> Tensor:
@@ -132,8 +134,9 @@ def raise_earlier(device: torch.device) -> None:
         return
     count, (_, shape, classes) = found
     raise LabelRangeError(
-        f"target: {count} voxels of an EARLIER call held a label outside [0, {classes}), in a target of "
-        f"shape {tuple(shape)}; its loss was NaN and its gradient zero. Expected labels 0 to {classes - 1} "
+        f"target: {count} voxels of an EARLIER pass held a label outside [0, {classes}), in a target of "
+        f"shape {tuple(shape)}: one of an earlier call, whose loss was NaN with zero gradient, or the first "
+        f"one of this call. Expected labels 0 to {classes - 1} "
         f"for logits with {classes} channels: remap the labels, give the network more channels, or pass "
         "ignore_index to leave such voxels out. DICEKERNELS_CHECK=1 raises in the call itself, and names the "
         "label and its place"

@@ -189,6 +189,10 @@ def refusals(logits: Tensor) -> dict[str, str]:
     return {name: _unavailable[name] or backend.can_run(*facts) for name, backend in BACKENDS.items()}
 
 
+# Those with kernels for a kind of device; elsewhere Triton may have.
+_KERNELS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+
+
 def no_kernel(logits: Tensor) -> str:
     """Why the kernels for the device of these logits do not run them, in one line, or ""."""
     if _forced is not None:
@@ -197,8 +201,8 @@ def no_kernel(logits: Tensor) -> str:
     del reasons["eager"]
     if not all(reasons.values()):
         return ""
-    reason = reasons["cpu" if logits.device.type == "cpu" else "cuda"]
-    return reason.splitlines()[0]
+    names = _KERNELS.get(logits.device.type, ("triton",))
+    return "; ".join(f"{name}: {reasons[name].splitlines()[0]}" for name in names)
 
 
 def choose(logits: Tensor) -> Backend:

@@ -18,7 +18,7 @@ import torch
 
 from dicekernels._version import __version__
 from dicekernels.backends import native
-from dicekernels.dispatch import BACKENDS, choose, forced_backend, refusals, unavailable_backends
+from dicekernels.dispatch import BACKENDS, choose, forced_backend, no_kernel, unavailable_backends
 
 # Every variable that changes what the package does; docs/environment.md explains each.
 VARIABLES = (
@@ -29,6 +29,8 @@ VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
     "MKL_NUM_THREADS",
     "OMP_NUM_THREADS",
+    "TRITON_CACHE_DIR",
+    "TRITON_INTERPRET",
 )
 
 
@@ -57,20 +59,12 @@ def chosen_backend(device: str) -> tuple[str, str]:
     logits = torch.empty(1, 4, 1, device=device)
     name = choose(logits).name
     if name == "cpu":
-        return name, instruction_set()
+        return name, native.instruction_set()
     if name != "eager":
         return name, torch.cuda.get_device_name(logits.device) if device == "cuda" else ""
     if forced_backend() == "eager":
         return name, "as asked for"
-    fast = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device, ("triton",))
-    reasons = refusals(logits)
-    return name, "; ".join(f"{other}: {reasons[other]}" for other in fast)
-
-
-def instruction_set() -> str:
-    """That of the CPU kernels as its makers spell it: AVX-512, AVX2, baseline."""
-    isa = str(_kernel_isa())
-    return {"avx512": "AVX-512", "avx2": "AVX2"}.get(isa, isa)
+    return name, no_kernel(logits)
 
 
 def backend_line(device: str) -> str:
@@ -117,20 +111,10 @@ def _cpu() -> dict[str, Any]:
         "machine": platform.machine(),
         "torch capability": torch.backends.cpu.get_cpu_capability(),
         "features": sorted(name for name, usable in features.items() if usable),
-        "kernels": _kernel_isa(),
+        "kernels": native.cpu_capability(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
     }
-
-
-def _kernel_isa() -> str | None:
-    """The instruction set that the CPU library chose, or why it refuses; None without library."""
-    if not native.is_loaded("cpu"):
-        return None
-    try:
-        return str(torch.ops.dicekernels.cpu_capability())
-    except RuntimeError as error:
-        return f"refused: {error}"
 
 
 def _gpus() -> list[str]:

@@ -14,7 +14,6 @@ from .evaluate import Call, Step, Told, record
 
 # What a kernel keeps beside its sums: weights and lambdas, a few for each class.
 FEW_BYTES = 4096
-ISAS = {"avx512": "AVX-512", "avx2": "AVX2"}
 
 
 @documented()
@@ -95,8 +94,7 @@ def _names(backends: Sequence[str]) -> str:
     names = []
     for name in backends:
         if name == "cpu" and native.is_loaded("cpu"):
-            isa = str(torch.ops.dicekernels.cpu_capability())
-            names.append(f"the cpu kernels ({ISAS.get(isa, isa)})")
+            names.append(f"the cpu kernels ({native.instruction_set()})")
         else:
             names.append(f"the {name} kernels")
     return " and ".join(names)

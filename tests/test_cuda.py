@@ -152,7 +152,7 @@ def test_a_later_call_raises_for_a_bad_label(monkeypatch):
     with no_wait():
         DiceCELoss(**HOT)(logits, labels)
     torch.cuda.synchronize()
-    with pytest.raises(LabelRangeError, match=r"1 voxels of an EARLIER call .* outside \[0, 5\)"):
+    with pytest.raises(LabelRangeError, match=r"1 voxels of an EARLIER pass .* outside \[0, 5\)"):
         DiceCELoss(**HOT)(logits, fine)
     assert DiceCELoss(**HOT)(logits, fine).isfinite()
 

@@ -14,6 +14,7 @@ import emulated
 import pytest
 import torch
 from cases import DEVICE, make_labels, make_logits
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dicekernels
 from dicekernels import LabelRangeError, deferred, functional
@@ -37,6 +38,7 @@ class FakeCopy:
     def start(self, number: torch.Tensor) -> None:
         assert number.shape == () and number.dtype == torch.float64
         self.number, self.there = number.clone(), False
+        self.memory = self.number.numpy()
         FakeCopy.started.append(self)
 
     def landed(self) -> bool:
@@ -44,7 +46,7 @@ class FakeCopy:
 
     def value(self) -> float:
         assert self.there
-        return self.number.item()
+        return float(self.memory)
 
     @classmethod
     def land(cls, count: int | None = None) -> None:
@@ -85,7 +87,7 @@ def test_a_later_call_raises_once_the_count_is_there(gpu: str) -> None:
         assert step()[0].isfinite()
     FakeCopy.land(1)
     told = (
-        r"target: 160 voxels of an EARLIER call held a label outside \[0, 3\), in a target of shape "
+        r"target: 160 voxels of an EARLIER pass held a label outside \[0, 3\), in a target of shape "
         r"\(2, 1, 70, 80\).* remap the labels.* ignore_index .*DICEKERNELS_CHECK=1"
     )
     with pytest.raises(LabelRangeError, match=told):
@@ -108,7 +110,7 @@ def test_no_count_is_waited_for_and_few_are_on_their_way(gpu: str, monkeypatch: 
         step()
     assert len(FakeCopy.started) == len(FakeCopy.made) == 3
     FakeCopy.land()
-    with pytest.raises(LabelRangeError, match="80 voxels of an EARLIER call"):
+    with pytest.raises(LabelRangeError, match="80 voxels of an EARLIER pass"):
         step()
 
 
@@ -167,13 +169,40 @@ def test_losses_without_a_kernel_have_it_too(loss: str, monkeypatch: pytest.Monk
     }[loss]
     run()
     FakeCopy.land()
-    with pytest.raises(LabelRangeError, match="6 voxels of an EARLIER call"):
+    with pytest.raises(LabelRangeError, match="6 voxels of an EARLIER pass"):
         run()
+
+
+@pytest.mark.parametrize("inside", ["vmap", "grad"])
+def test_the_kernels_count_inside_of_transforms(gpu: str, inside: str) -> None:
+    logits, labels = make_logits((1, 3, 40)), make_labels((1, 1, 40), 3)
+    labels[..., :2] = 9
+
+    def loss(z: torch.Tensor) -> torch.Tensor:
+        return functional.dice_ce_loss(z, labels, **HOT)
+
+    if inside == "vmap":
+        assert torch.func.vmap(loss)(torch.stack([logits, logits])).isnan().all()
+    else:
+        assert not torch.func.grad(loss)(logits).any()
+    assert [copy.number.item() for copy in FakeCopy.started] == [2.0] * (2 if inside == "vmap" else 1)
+    FakeCopy.land()
+    with pytest.raises(LabelRangeError, match="2 voxels of an EARLIER pass"):
+        loss(logits)
+
+
+def test_a_count_may_land_before_a_call_on_fake_tensors(gpu: str) -> None:
+    logits, labels = make_logits((1, 3, 40)), make_labels((1, 1, 40), 3)
+    functional.dice_ce_loss(logits, labels, **HOT)
+    FakeCopy.land()
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in (logits, labels)]
+        assert functional.dice_ce_loss(*fake, **HOT).shape == ()
 
 
 @pytest.mark.parametrize("inside", ["vmap", "grad", "jit"])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-def test_transforms_and_traces_are_not_counted(gpu: str, inside: str) -> None:
+def test_transforms_and_traces_change_no_number(gpu: str, inside: str) -> None:
     logits, labels = make_logits((1, 3, 40)), make_labels((1, 1, 40), 3)
 
     def loss(z: torch.Tensor) -> torch.Tensor:

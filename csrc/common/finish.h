@@ -242,8 +242,8 @@ DK_TEAM double finish_region(const FinishSpec& f, const FinishData& d, const Tea
     for (int64_t group = team.part_rank(); group < groups; group += team.parts()) {
       const int64_t first = group * group_size;
       const double value = finish_generalized(
-          f, d, part, d.region_lambda * share, [&](int64_t c, int row) { return sum(first + c * at.width + row); },
-          slopes + first);
+          f, d, part, d.region_lambda * share,
+          [&](int64_t c, int row) { return sum(first + c * at.width + row); }, slopes + first);
       if (part.rank() == 0) add(group, value);
     }
   } else {
@@ -362,8 +362,8 @@ DK_TEAM void finish(const FinishSpec& f, const FinishData& d, const Team& team, 
     if (d.samples == 0 && shared) voxel = NAN;  // as torch: 0/0
   }
   if (reduced && team.rank() == 0)
-    store_loss(0, finish_half(region, d.region_lambda, round) +
-                      finish_half(voxel, d.voxel_lambda, round));
+    store_loss(
+        0, finish_half(region, d.region_lambda, round) + finish_half(voxel, d.voxel_lambda, round));
 }
 
 }  // namespace dicekernels

@@ -138,9 +138,7 @@ struct Rounding {
         return x;
     }
   }
-  __device__ double factor(double x) const {
-    return dtype == DType::f64 ? x : narrow<float>(x);
-  }
+  __device__ double factor(double x) const { return dtype == DType::f64 ? x : narrow<float>(x); }
 };
 
 __device__ void store_loss(const FinishLaunch& a, int64_t at, double value) {

@@ -98,6 +98,22 @@ def _installed_elsewhere() -> Path | None:
     return None
 
 
+def cpu_capability() -> str | None:
+    """The instruction set that the CPU library chose, or why it refuses; None without library."""
+    if not is_loaded("cpu"):
+        return None
+    try:
+        return str(torch.ops.dicekernels.cpu_capability())
+    except RuntimeError as error:
+        return f"refused: {error}"
+
+
+def instruction_set() -> str:
+    """That of the CPU kernels as its makers spell it: AVX-512, AVX2, baseline."""
+    isa = str(cpu_capability())
+    return {"avx512": "AVX-512", "avx2": "AVX2"}.get(isa, isa)
+
+
 def native_module() -> ModuleType | None:
     """The optional pybind11 module `dicekernels._native`, or None where it was not built."""
     try:
