@@ -16,7 +16,7 @@ WHERE_NVCC_RUNS = DICEKERNELS_BUILD=$(or $(DICEKERNELS_BUILD),nvcc)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test test-slow test-sanitize lint format bench wheel build build-tests clean help
+.PHONY: demo test test-slow test-sanitize test-torch lint format bench wheel build build-tests clean help
 
 demo: build ## losses on real volumes, against MONAI
 	$(BIN)/python -m dicekernels.demo $(ARGS)
@@ -26,6 +26,11 @@ test: build-tests ## every test but the slow ones (ARGS: more options of pytest)
 
 test-slow: build-tests ## the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# Outside of .ci/run: pip downloads gigabytes where it finds CUDA builds alone.
+TORCH_VERSIONS ?= 2.14.1 2.15.0
+test-torch: build ## the compiled libraries beside other releases of torch (downloads them)
+	$(BIN)/python tests/other_torch.py $(TORCH_VERSIONS)
 
 # The library is compiled with the sanitizers, Python is not: their runtime is loaded before it.
 SANITIZED := build/sanitized

@@ -158,8 +158,8 @@ build_library() {
 }
 
 usable_backends() {
-    "$python" -c 'from dicekernels import available_backends as reasons
-print(*(name for name in ("cuda", "triton") if not reasons()[name]))'
+    "$python" -c 'from dicekernels import available_backends
+print(*(name for name in ("cuda", "triton") if name in available_backends()))'
 }
 
 workers=$(($(nproc) > 14 ? 12 : $(nproc)))

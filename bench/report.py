@@ -30,6 +30,11 @@ def ratio(slow: Row, fast: Row, part: str = "both") -> float | None:
     return over / under
 
 
+def milliseconds(row: Row | None) -> str:
+    """Median of forward + backward; "-" unless the row is sound."""
+    return f"{row['milliseconds']['both']['median']:.1f}" if row is not None and sound(row) else "-"
+
+
 def best(rows: Iterable[Row], role: str) -> Row | None:
     """The fastest sound row of a role."""
     able = [row for row in rows if row["role"] == role and sound(row)]
@@ -154,9 +159,14 @@ def beside_lines(document: schema.Document) -> list[list[str]]:
     return lines
 
 
+def busy(document: schema.Document) -> bool:
+    """Whether others used the machine when the run started."""
+    host = document["host"]
+    return bool((host["load_average"] or 0) > host["cores"] / 2)
+
+
 def header(document: schema.Document) -> str:
     host, device = document["host"], document["device"]
-    busy = (host["load_average"] or 0) > host["cores"] / 2
     dirty = {True: " with local changes", False: "", None: ""}[document["dirty"]]
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     part = f" (cases {document['cases']!r})" if document["cases"] else ""
@@ -175,7 +185,7 @@ def header(document: schema.Document) -> str:
         f"{host['cpu']} ({host['cpu_capability']}, {host['cores']} cores, load "
         f"{host['load_average']}), {host['system']}, {host['c_library']}\n{versions}"
         + absent
-        + ("\nTHE MACHINE WAS BUSY at the start: these times prove nothing" if busy else "")
+        + ("\nTHE MACHINE WAS BUSY at the start: these times prove nothing" if busy(document) else "")
     )
 
 
@@ -213,7 +223,8 @@ def _case_table(rows: list[Row]) -> str:
     return "\n".join([title, table, *notes])
 
 
-SUMMARY_HEADS = ["case", "allocator", "check", "ours / floor", "than MONAI", "than best compiled", "which is"]
+SUMMARY_HEADS = ["case", "allocator", "check", "ours ms", "MONAI ms"]
+SUMMARY_HEADS += ["ours / floor", "than MONAI", "than best compiled", "which is"]
 
 
 def summary_lines(document: schema.Document) -> list[list[str]]:
@@ -227,6 +238,8 @@ def summary_lines(document: schema.Document) -> list[list[str]]:
                 name_of(ours),
                 ours["allocator"],
                 _verdict(ours),
+                milliseconds(ours),
+                milliseconds(eager),
                 _times(ratio(ours, _the(rows, "floor"))),
                 _faster(ratio(eager, ours)) if eager else "-",
                 _faster(ratio(compiled, ours)) if compiled else "",
@@ -240,13 +253,18 @@ MEMORY_HEADS = ["case", "contender", "forward", "kept", "backward", "peak"]
 MEMORY_HEADS += ["resident forward", "kept", "peak"]
 
 
+def peak(profiled: dict[str, int]) -> int:
+    """Most bytes at any time of a step; those of backward come on top of what was kept for it."""
+    return max(profiled["forward_peak"], profiled["kept"] + profiled["backward_peak"])
+
+
 def memory_lines(rows: list[Row]) -> list[list[str]]:
     """A line for each case and contender, in multiples of the logits' size, under MEMORY_HEADS."""
     lines = []
     for row in rows:
         profiled, resident, unit = row["profiled"], row["resident"] or {}, row["logits_bytes"]
         parts = [profiled[key] for key in ("forward_peak", "kept", "backward_peak")]
-        parts += [max(profiled["forward_peak"], profiled["kept"] + profiled["backward_peak"])]
+        parts += [peak(profiled)]
         parts += [resident.get(key) for key in ("forward_peak", "kept", "peak")]
         cells = ["" if part is None else f"{part / unit:.4f}" for part in parts]
         lines.append([name_of(row), row["contender"], *cells])

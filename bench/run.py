@@ -217,12 +217,12 @@ def asked_backends(options: argparse.Namespace) -> tuple[str, ...]:
 
 def refusal(backend: str, device: str) -> str:
     """ "" or why a backend cannot run on the device."""
-    from dicekernels import available_backends
+    from dicekernels import unavailable_backends
     from dicekernels.dispatch import BACKENDS
 
     if backend not in BACKENDS:
         return "no backend has this name"
-    return available_backends()[backend] or BACKENDS[backend].can_run(device, torch.float32, 4)
+    return unavailable_backends().get(backend) or BACKENDS[backend].can_run(device, torch.float32, 4)
 
 
 def usable_backends(options: argparse.Namespace) -> list[str]:

@@ -20,7 +20,8 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
 class Problem(NamedTuple):
-    """loss: of bench/cases.py over labels, or "values" under a mask. ignored: voxels of class 1 are."""
+    """loss: of bench/cases.py over labels; "values" (sigmoid, with a mask) and "soft values" (softmax) have a
+    dense target. ignored: voxels of class 1 are."""
 
     loss: str
     classes: int
@@ -45,6 +46,9 @@ PROBLEMS = (
     Problem("dice_focal", 32, (8, 9, 8), "bfloat16", channels_last=True),
     Problem("dice_focal", 117, (5, 8, 16), "bfloat16", ignored=True),
     Problem("values", 2, (5, 29, 31), channels_last=True),
+    # 4 and 140 classes: a lane and several lanes a voxel, of which the last tile has fewer than a warp takes.
+    Problem("soft values", 4, (5, 29, 31)),
+    Problem("soft values", 140, (5, 7, 9), "bfloat16"),
 )
 
 
@@ -102,9 +106,9 @@ def in_order(tools: list[str], backends: list[str]) -> list[tuple[str, str]]:
 
 
 def _usable(backend: str) -> bool:
-    from dicekernels import available_backends
+    from dicekernels import unavailable_backends
 
-    reason = available_backends()[backend]
+    reason = unavailable_backends().get(backend)
     if reason:
         print(f"bench.sanitize: not checked: backend {backend!r}: {reason}")
     return not reason
@@ -135,6 +139,9 @@ def run_problems(device: str, backend: str) -> int:
                 mask = torch.rand((2, 1, *problem.space), device=device)
                 values = torch.rand(shape, device=device)
                 loss = functional.tversky_loss(logits, values, sigmoid=True, mask=mask)
+            elif problem.loss == "soft values":
+                values = torch.rand(shape, device=device).softmax(1)
+                loss = functional.dice_ce_loss(logits, values, softmax=True)
             else:
                 labels = torch.randint(problem.classes, (2, 1, *problem.space), device=device).to(torch.uint8)
                 options = {

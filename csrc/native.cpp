@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <initializer_list>
 #include <map>
 #include <optional>
 #include <string>
@@ -144,7 +145,8 @@ py::dict launch_plan(const std::array<int64_t, 3>& shape, const std::string& log
 
 }  // namespace
 
-PYBIND11_MODULE(_native, m) {
+// Its functions share nothing that they write, so a free-threaded Python keeps its lock off.
+PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "Facts about the build and the machine; optional.";
   m.def("build_config", &build_config, "What _build_info.json says of the build of this module");
   m.def("cpu_features", &cpu_features,

@@ -5,7 +5,7 @@ Functions: ``dicekernels.functional``. What runs where: ``python -m dicekernels.
 """
 
 from ._version import __version__
-from .dispatch import available_backends, use_backend
+from .dispatch import available_backends, unavailable_backends, use_backend
 from .dropin.monai import from_monai
 from .explain import explain
 from .functional import region_sums
@@ -46,5 +46,6 @@ __all__ = [
     "explain",
     "from_monai",
     "region_sums",
+    "unavailable_backends",
     "use_backend",
 ]

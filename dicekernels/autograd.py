@@ -185,6 +185,7 @@ def define(namespace: str) -> None:
     library = ops.libraries[namespace]
     for name, (body, fake, save, back) in made.items():
         library.define(SCHEMAS[name])
+        body, fake = (ops.on_one_device(SCHEMAS[name], function) for function in (body, fake))
         library.impl(name, body, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
         torch.library.register_autograd(f"{namespace}::{name}", back, setup_context=save, lib=library)

@@ -35,7 +35,7 @@ def eager_result(spec: LossSpec | SumsSpec, dtype: torch.dtype) -> Callable[...,
         if isinstance(spec, SumsSpec):
             return eager.sums(logits, target, mask, spec).sum(1)
         weights = (class_weight, pos_weight, neg_weight, region_lambda, voxel_lambda)
-        return eager.loss(logits, target, mask, *weights, spec).to(dtype)
+        return eager.loss(logits, target, mask, *weights, spec, dtype)
 
     return result
 

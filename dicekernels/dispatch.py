@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .arguments import documented
 from .backends import gpus, native
 from .backends.triton import support as triton_support
 
@@ -115,9 +116,25 @@ _unavailable = {name: backend.available() for name, backend in BACKENDS.items()}
 _forced: str | None = None
 
 
-def available_backends() -> dict[str, str]:
-    """Every backend of this version: "" if it can run here, else the reason why not."""
-    return dict(_unavailable)
+def available_backends() -> tuple[str, ...]:
+    """The backends that can run here, in the order in which they are tried.
+
+    What one of them does not take goes to the next, at last to "eager", which takes everything.
+    :func:`unavailable_backends` has the reasons of the others, ``explain`` those for given tensors.
+
+    Returns:
+        Names, such as ``("cpu", "eager")``; each fits :func:`use_backend`.
+    """
+    return tuple(name for name, reason in _unavailable.items() if not reason)
+
+
+def unavailable_backends() -> dict[str, str]:
+    """The backends of this version that cannot run here, each with the reason.
+
+    Returns:
+        Name -> reason, such as ``{"cuda": "torch sees no GPU here"}``; a name that is missing can run.
+    """
+    return {name: reason for name, reason in _unavailable.items() if reason}
 
 
 def forced_backend() -> str | None:
@@ -141,9 +158,18 @@ def force_backend(name: str | None) -> None:
     _forced = name
 
 
+@documented()
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend inside a ``with`` block; a problem that it does not take is then an error.
+
+    It acts on the whole process, not on one thread, and goes before the variable ``DICEKERNELS_BACKEND``.
+
+    Args:
+        name: "cuda", "cpu", "triton" or "eager"; :func:`available_backends` lists those that can run here.
+
+    Returns:
+        A context manager; after the block the choice is as before it, after an error too.
 
     Raises:
         ValueError: no backend has this name.
@@ -161,6 +187,18 @@ def refusals(logits: Tensor) -> dict[str, str]:
     """For every backend: "" if it takes these logits, else the reason why not."""
     facts = (logits.device.type, logits.dtype, logits.shape[1])
     return {name: _unavailable[name] or backend.can_run(*facts) for name, backend in BACKENDS.items()}
+
+
+def no_kernel(logits: Tensor) -> str:
+    """Why the kernels for the device of these logits do not run them, in one line, or ""."""
+    if _forced is not None:
+        return "'eager' is forced" if _forced == "eager" else ""
+    reasons = refusals(logits)
+    del reasons["eager"]
+    if not all(reasons.values()):
+        return ""
+    reason = reasons["cpu" if logits.device.type == "cpu" else "cuda"]
+    return reason.splitlines()[0]
 
 
 def choose(logits: Tensor) -> Backend:

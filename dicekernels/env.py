@@ -18,7 +18,7 @@ import torch
 
 from dicekernels._version import __version__
 from dicekernels.backends import native
-from dicekernels.dispatch import available_backends, choose, forced_backend, refusals
+from dicekernels.dispatch import BACKENDS, choose, forced_backend, refusals, unavailable_backends
 
 # Every variable that changes what the package does; docs/environment.md explains each.
 VARIABLES = (
@@ -144,10 +144,8 @@ def _gpus() -> list[str]:
 
 def _backends() -> dict[str, str]:
     """Each backend with "available" or the reason why it is not."""
-    return {
-        name: f"not available: {reason}" if reason else "available"
-        for name, reason in available_backends().items()
-    }
+    reasons = unavailable_backends()
+    return {name: f"not available: {reasons[name]}" if name in reasons else "available" for name in BACKENDS}
 
 
 def main(arguments: list[str] | None = None) -> None:

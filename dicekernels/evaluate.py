@@ -12,17 +12,53 @@ from torch import Tensor
 
 from . import dispatch
 from .autograd import fused_loss, total_sums
-from .backends import eager
-from .finish import finish
+from .finish import VolumeWeight, finish
+from .ops import eager_totals
 from .spec import FN, LossSpec, chunk_count, row_index, row_names
 
 # What explain() collects; None outside it.
-_recorder: list[Call | str] | None = None
+_recorder: list[Call | Step] | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What runs without a Call, for ``explain``.
+
+    Attributes:
+        line: what is told of it.
+        backend: that runs it; "" for a remark on the calls and steps that follow.
+        reason: why there is no Call, for people.
+        whole: PyTorch's autograd keeps what it makes of the whole volume.
+    """
+
+    line: str
+    backend: str = ""
+    reason: str = ""
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Told:
+    """How a Call runs.
+
+    Attributes:
+        backend, reason, whole: as in :class:`Step`; the reason is why no kernel runs it.
+        lines: the details.
+        kept: bytes of the sums that are kept for backward.
+        labels_again: there was one more pass, over target and mask alone.
+    """
+
+    backend: str
+    reason: str
+    whole: bool
+    lines: str
+    kept: int
+    labels_again: bool
 
 
 @contextmanager
-def record() -> Iterator[list[Call | str]]:
-    """Collects the calls that run inside the block, and a line for each loss that runs without one."""
+def record() -> Iterator[list[Call | Step]]:
+    """Collects the calls that run inside the block, and a step for each loss that runs without one."""
     global _recorder
     before, _recorder = _recorder, []
     try:
@@ -31,10 +67,10 @@ def record() -> Iterator[list[Call | str]]:
         _recorder = before
 
 
-def record_line(line: str) -> None:
-    """Notes what a function of this package does without a Call."""
+def record_step(line: str, backend: str = "", reason: str = "", whole: bool = False) -> None:
+    """Notes what a function of this package does without a Call: see :class:`Step`."""
     if _recorder is not None:
-        _recorder.append(line)
+        _recorder.append(Step(line, backend, reason, whole))
 
 
 def record_dense(reason: str) -> None:
@@ -42,7 +78,7 @@ def record_dense(reason: str) -> None:
     forced = dispatch.forced_backend()
     if forced not in (None, "eager"):
         raise RuntimeError(f"backend {forced!r} was forced, but {reason}; force 'eager' or none")
-    record_line(f"backend: eager (dense PyTorch: {reason})")
+    record_step(f"backend: eager (dense PyTorch: {reason})", "eager", reason, whole=True)
 
 
 def _distinct(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -89,7 +125,9 @@ class Call:
         dtype: of the loss.
         shape: of the loss; None keeps the shape of the op.
         missed: (B, C) that FN has beside the pass (MONAI's masked label maps), a constant.
+        volume_weight: class weights of the generalized Dice loss that a user's function makes of the volumes.
         notes: what happens outside the kernels (an activation of the user's, a copy), for ``explain``.
+        told: what ``explain`` tells of it, once it has run in a :func:`record`.
     """
 
     logits: Tensor
@@ -104,7 +142,9 @@ class Call:
     voxel_lambda: Tensor | None = None
     shape: tuple[int, ...] | None = None
     missed: Tensor | None = None
+    volume_weight: VolumeWeight | None = None
     notes: tuple[str, ...] = ()
+    told: Told | None = None
 
     def eager_reason(self) -> str:
         """Why only the differentiable eager backend can run it, or ""."""
@@ -129,9 +169,10 @@ class Call:
 
         Raises:
             RuntimeError: a backend was forced that cannot run it.
-            LabelRangeError: a label is out of range (CPU).
+            LabelRangeError: a label is out of range, on a GPU in an earlier call.
         """
         if _recorder is not None:
+            self.told = self.explain()
             _recorder.append(self)
         if not torch.compiler.is_compiling() and torch.is_grad_enabled() and self.logits.requires_grad:
             self.target, self.mask = _saveable(self.target), _saveable(self.mask)
@@ -147,10 +188,8 @@ class Call:
             forced = dispatch.forced_backend()
             if forced not in (None, "eager"):
                 raise RuntimeError(f"backend {forced!r} was forced, but {reason}; detach it or force 'eager'")
-        if self.missed is not None:
-            loss = self._run_with_missed(self.missed, weights, reason)
-        elif reason:
-            loss = eager.loss(self.logits, self.target, self.mask, *weights, self.spec).to(self.dtype)
+        if reason or self.missed is not None or self.volume_weight is not None:
+            loss = self._run_with_formula(weights, reason)
         else:
             namespace = dispatch.choose(self.logits).namespace
             tensors: tuple[Tensor | None, ...] = (self.logits, self.target, self.mask, *weights)
@@ -159,21 +198,23 @@ class Call:
             loss = fused_loss(tensors, self.spec, namespace, self.dtype)
         return loss if self.shape is None else loss.reshape(self.shape)
 
-    def _run_with_missed(self, missed: Tensor, weights: _Weights, reason: str) -> Tensor:
+    def _run_with_formula(self, weights: _Weights, reason: str) -> Tensor:
         """The sums from the backend, the formula in PyTorch."""
         spec = self.spec
         if reason:
-            totals = eager.sums(self.logits, self.target, self.mask, spec.sums).sum(1)
+            totals = eager_totals(self.logits, self.target, self.mask, spec.sums)
         else:
             namespace = dispatch.choose(self.logits).namespace
             totals = total_sums(self.logits, self.target, self.mask, spec.sums, namespace)
-        row = torch.arange(totals.shape[-1], device=totals.device) == row_index(spec.sums.rows, FN)
-        totals = totals + missed[..., None] * row
+        if self.missed is not None:
+            row = torch.arange(totals.shape[-1], device=totals.device) == row_index(spec.sums.rows, FN)
+            totals = totals + self.missed[..., None] * row
         empty = self.logits.numel() == 0
-        return finish(totals, *weights, spec.sums.rows, spec.finish, empty).to(self.dtype)
+        rows, custom = spec.sums.rows, self.volume_weight
+        return finish(totals, *weights, rows, spec.finish, empty, self.dtype, custom)
 
-    def explain(self) -> str:
-        """Which backend runs it and why, and what it costs."""
+    def explain(self) -> Told:
+        """Which backend runs it here and now and why, and what it costs."""
         reason = self.eager_reason()
         refusals = dispatch.refusals(self.logits)
         chosen = "eager" if reason else dispatch.choose(self.logits).name
@@ -203,4 +244,11 @@ class Call:
             ):
                 lines.append(f"note: the space of {name} has no single stride, so it is copied in each pass")
         lines += [f"note: {note}" for note in self.notes]
-        return "\n".join(lines)
+        return Told(
+            chosen,
+            reason or dispatch.no_kernel(self.logits),
+            bool(reason),
+            "\n".join(lines),
+            samples * classes * len(rows) * 8,
+            self.missed is not None,
+        )

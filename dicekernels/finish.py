@@ -5,6 +5,8 @@ Differentiable with respect to the sums, the weights and the lambdas. Formulas: 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,9 @@ from .spec import (
     row_index,
 )
 
+# Class weights of the generalized Dice loss from volumes, float32 (B, K) or, with ``batch``, (K,).
+VolumeWeight = Callable[[Tensor], Tensor]
+
 # The smallest score whose logarithm is taken (segmentation_models_pytorch's eps).
 LOWEST_SCORE = 1e-7
 
@@ -42,8 +47,13 @@ def finish(
     rows: int,
     spec: FinishSpec,
     empty: bool,
+    dtype: torch.dtype = torch.float64,
+    volume_weight: VolumeWeight | None = None,
 ) -> Tensor:
     """The loss from the sums of a whole volume.
+
+    A loss of two halves is the sum of these halves to the last bit: each is rounded to ``dtype`` before and
+    after its lambda. Gradients know nothing of the rounding.
 
     Args:
         totals: (B, C, R) float64, the rows that ``rows`` switches on.
@@ -52,30 +62,51 @@ def finish(
         neg_weight: (C,) factors of the NEG row.
         region_lambda, voxel_lambda: 0-dim factors of the overlap loss and of the voxel term.
         empty: the problem has no sample or no voxel.
+        dtype: of the loss, floating.
+        volume_weight: in place of that of ``spec.gdl_weight``.
 
     Returns:
-        float64 of shape ``spec.loss_shape(B, C)``.
+        ``dtype`` of shape ``spec.loss_shape(B, C)``.
     """
     row = _rows(totals, rows)
     loss = totals.new_zeros(())
     if spec.formula != Formula.NONE:
         overlap = _overlap_rows(row, spec)
-        terms = _TERMS[spec.formula](overlap, spec)
+        if volume_weight is None:
+            terms = _TERMS[spec.formula](overlap, spec)
+        else:
+            terms = _generalized(overlap, spec, custom_class_weight(overlap[G], volume_weight, spec.batch))
         if class_weight is not None and spec.formula == Formula.RATIO:
             terms = terms * class_weight.to(terms)
-        if region_lambda is not None:
-            terms = terms * region_lambda.to(terms)
-        loss = terms
         if spec.reduction != Reduction.NONE:
-            loss = terms.mean() if spec.reduction == Reduction.MEAN else terms.sum()
+            terms = terms.mean() if spec.reduction == Reduction.MEAN else terms.sum()
+        loss = finish_half(terms, region_lambda, dtype)
     if POS in row:
         voxel = finish_voxel(row, pos_weight, neg_weight, spec, empty)
-        loss = loss + (voxel if voxel_lambda is None else voxel * voxel_lambda.to(voxel))
+        loss = loss + finish_half(voxel, voxel_lambda, dtype)
     if BAD in row:
         # Weights survive a batch with labels out of range: the loss shows it, the gradient is zero.
         # Only NaN is selected, so nothing of a bad batch flows back.
         loss = torch.where(row[BAD].sum() > 0, torch.full_like(loss, float("nan")), loss)
-    return loss
+    return loss.to(dtype)
+
+
+def finish_half(value: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A half as it is alone, times its lambda, which torch takes as float32 beside all but float64."""
+    value = _rounded(value, dtype)
+    if factor is None:
+        return value
+    narrow = torch.float64 if dtype == torch.float64 else torch.float32
+    return _rounded(value * _rounded(factor.to(value), narrow), dtype)
+
+
+def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float64 values that ``dtype`` holds; the slope is 1."""
+    if dtype == torch.float64:
+        return value
+    exact = value.detach()
+    rounded = exact.to(dtype).to(exact.dtype)
+    return value + torch.where(rounded == exact, 0.0, rounded - exact)  # no inf - inf
 
 
 def finish_ratio(row: dict[int, Tensor], spec: FinishSpec) -> Tensor:
@@ -91,7 +122,10 @@ def finish_ratio(row: dict[int, Tensor], spec: FinishSpec) -> Tensor:
 
 def finish_generalized(row: dict[int, Tensor], spec: FinishSpec) -> Tensor:
     """Generalized Dice terms (groups, 1); infinite class weights become the largest finite one."""
-    weight = gdl_class_weight(row[G], spec.gdl_weight)
+    return _generalized(row, spec, gdl_class_weight(row[G], spec.gdl_weight))
+
+
+def _generalized(row: dict[int, Tensor], spec: FinishSpec, weight: Tensor) -> Tensor:
     hits, errors = 2 * weight * row[I], weight * (row[FP] + row[FN])
     return _ratio(hits.sum(1, keepdim=True), errors.sum(1, keepdim=True), spec)[1]
 
@@ -130,6 +164,25 @@ def gdl_class_weight(volume: Tensor, kind: GdlWeight) -> Tensor:
     if weight.shape[1] == 0:
         return weight
     return torch.where(infinite, weight.max(1, keepdim=True).values, weight)
+
+
+def custom_class_weight(volume: Tensor, function: VolumeWeight, batch: bool) -> Tensor:
+    """Weights (groups, classes) that a user's function makes of volumes in MONAI's shape and dtype.
+
+    Raises:
+        ValueError: it made another shape.
+    """
+    given = volume.detach().float()
+    weight = function(given[0] if batch else given)
+    if weight.shape != (given[0] if batch else given).shape:
+        raise ValueError(
+            f"w_func: got weights of shape {tuple(weight.shape)}, expected one for each volume: "
+            f"{tuple((given[0] if batch else given).shape)}"
+        )
+    weight = weight.reshape(volume.shape).to(volume)
+    infinite = weight.isinf()
+    finite = torch.where(infinite, 0.0, weight)
+    return torch.where(infinite, finite.amax(1, keepdim=True), weight) if weight.shape[1] else weight
 
 
 def finish_voxel(

@@ -13,17 +13,19 @@ autograd is in the Functions below.
 from __future__ import annotations
 
 import functools
-import os
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import checks, deferred
 from . import finish as formulas
 from .backends import eager, native
 from .backends.eager import LabelRangeError
 from .derivatives import Gradient
+from .kinds import traced
 from .spec import (
     BAD,
     Activation,
@@ -38,6 +40,7 @@ from .spec import (
     Transform,
     VoxelTerm,
     chunk_count,
+    row_index,
 )
 
 SUMS_ARGS = (
@@ -124,11 +127,20 @@ def _eager_sums(logits: Tensor, target: Tensor, mask: Tensor | None, *args: Any)
 def _checked(slots: Tensor, logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec) -> Tensor:
     """The slots; raises LabelRangeError where reading the count of bad labels costs no synchronisation.
 
-    Elsewhere only with DICEKERNELS_CHECK=1; `finish` makes the loss NaN.
+    Elsewhere only with DICEKERNELS_CHECK=1; `finish` makes the loss NaN, and a later ``call_sums`` raises.
     """
-    if spec.rows & BAD and (logits.device.type == "cpu" or os.environ.get("DICEKERNELS_CHECK") == "1"):
+    if spec.rows & BAD and deferred.reads_at_once(logits.device):
         eager.check_labels(slots, target, mask, logits.shape[1], spec)
     return slots
+
+
+def _count(slots: Tensor, logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec) -> None:
+    """Raises LabelRangeError, or sends the count on its way to a later call."""
+    if not spec.rows & BAD or deferred.reads_at_once(logits.device):
+        _checked(slots, logits, target, mask, spec)
+        return
+    # Of a chunk the count stands in the first class.
+    deferred.count_later(slots[:, :, 0, row_index(spec.rows, BAD)], target, logits.shape[1])
 
 
 def _eager_finish(
@@ -143,7 +155,7 @@ def _eager_finish(
 ) -> tuple[Tensor, Tensor]:
     arguments = (sums.sum(1), class_weight, pos_weight, neg_weight, region_lambda, voxel_lambda, rows)
     spec, (empty, dtype) = finish_spec(args), args[-2:]
-    return formulas.finish(*arguments, spec, empty).to(dtype), formulas.coef(*arguments, spec, empty)
+    return formulas.finish(*arguments, spec, empty, dtype), formulas.coef(*arguments, spec, empty)
 
 
 def _eager_sums_backward(
@@ -223,6 +235,25 @@ def _triton_sums_backward(
     return gradient
 
 
+def on_one_device(schema: str, body: Callable[..., Any]) -> Callable[..., Any]:
+    """``body`` of an op after the check that its tensors are on one device.
+
+    The dispatcher goes by all of the tensors of a call: one on "meta" makes it take the fake, one on a GPU
+    the kernels of that GPU, whatever the others are. A 0-dim lambda of the CPU is taken by value.
+    """
+    names = re.findall(r"Tensor\?? (\w+)", schema.split(")")[0])
+    first = "logits" if "logits" in names else "sums"
+    at = names.index(first)
+    by_value = [name for name in names if name.endswith("_lambda")]
+
+    @functools.wraps(body)
+    def checked(*args: Any) -> Any:
+        checks.one_device(names, args[: len(names)], first, args[at].device, by_value)
+        return body(*args)
+
+    return checked
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "sums": _fake_sums,
     "finish": _fake_finish,
@@ -247,7 +278,8 @@ def define(namespace: str) -> None:
     library = libraries[namespace] = torch.library.Library(namespace, "DEF")
     for name, schema in SCHEMAS.items():
         library.define(schema)
-        torch.library.register_fake(f"{namespace}::{name}", FAKES[name], lib=library)
+        fake = on_one_device(schema, FAKES[name])
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
 
 
 def _register() -> None:
@@ -255,7 +287,8 @@ def _register() -> None:
         define(namespace)
     for namespace, functions in BODIES.items():
         for name, body in functions.items():
-            libraries[namespace].impl(name, body, "CompositeExplicitAutograd")
+            checked = on_one_device(SCHEMAS[name], body)
+            libraries[namespace].impl(name, checked, "CompositeExplicitAutograd")
     native.load_error("cpu")
     if torch.version.cuda is not None:
         native.load_error("cuda")
@@ -265,16 +298,20 @@ _register()
 
 
 def call_sums(namespace: str, logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec) -> Tensor:
-    """The op ``sums``; a label out of range raises LabelRangeError."""
+    """The op ``sums``; a label out of range raises LabelRangeError, here or in a later call (deferred.py)."""
     op = getattr(torch.ops, namespace).sums
     if torch.compiler.is_compiling():
-        traced: Tensor = op(logits, target, mask, *spec.args())
-        return traced
+        result: Tensor = op(logits, target, mask, *spec.args())
+        return result
+    deferred.raise_earlier(logits.device)
     try:
         slots: Tensor = op(logits, target, mask, *spec.args())
         # The kernels of a GPU count such labels; whoever launches them decides whether to wait for the count.
+        # Those of the CPU and what is in BODIES have raised by themselves where that costs no wait.
         counted = namespace not in BODIES and (namespace != "dicekernels" or logits.device.type != "cpu")
-        return _checked(slots, logits, target, mask, spec) if counted else slots
+        if counted or not deferred.reads_at_once(logits.device):
+            _count(slots, logits, target, mask, spec)
+        return slots
     except LabelRangeError:
         raise
     except RuntimeError as error:
@@ -283,6 +320,17 @@ def call_sums(namespace: str, logits: Tensor, target: Tensor, mask: Tensor | Non
         if "hold a label outside [0, " not in message:
             raise
         raise LabelRangeError(message[message.index("target:") :].splitlines()[0]) from None
+
+
+def eager_totals(logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec) -> Tensor:
+    """Sums (B, C, R) in PyTorch, differentiable in every tensor; labels out of range as in ``call_sums``."""
+    slots = eager.sums(logits, target, mask, spec)
+    hidden = traced() or torch._C._are_functorch_transforms_active() or type(slots) is not Tensor
+    if spec.rows & BAD and not hidden:
+        deferred.raise_earlier(logits.device)
+        mask = None if mask is None else mask.detach()
+        _count(slots.detach(), logits, target.detach(), mask, spec)
+    return slots.sum(1)
 
 
 class RegionSums(torch.autograd.Function):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, deferred, hints
 from .backends import eager
 from .spec import BAD, Activation, SumsSpec
 
@@ -76,7 +76,7 @@ def dense_labels(target: Tensor, logits: Tensor, ignore_index: int | None) -> Te
 
     Raises:
         AssertionError: the labels do not fit the logits.
-        LabelRangeError: a label outside [0, C) on the CPU; elsewhere it is NaN in every class.
+        LabelRangeError: a label outside [0, C); off the CPU in a later call, and it is NaN in every class.
     """
     classes = logits.shape[1]
     if classes == 1:
@@ -90,8 +90,11 @@ def dense_labels(target: Tensor, logits: Tensor, ignore_index: int | None) -> Te
     labels = labels.reshape(logits.shape[0], 1, *logits.shape[2:])
     ignored = eager.ignored_labels(labels, spec)
     bad = ((labels.long() < 0) | (labels.long() >= classes)) & ~ignored
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        eager.check_labels(bad.flatten(1).sum(1, keepdim=True), labels, None, classes, spec)
+    if not torch.compiler.is_compiling():
+        if deferred.reads_at_once(labels.device):
+            eager.check_labels(bad.flatten(1).sum(1, keepdim=True), labels, None, classes, spec)
+        else:
+            deferred.count_later(bad, labels, classes)
     channels = torch.arange(classes, device=labels.device).view(-1, *[1] * (labels.ndim - 2))
     return (labels.long() == channels).float().masked_fill(bad, float("nan"))
 
@@ -114,11 +117,13 @@ def prepare(
     other_act: OtherAct,
     ignore_index: int | None,
     mismatch: type[Exception] = AssertionError,
+    signed_mask: bool = False,
 ) -> Inputs:
     """Checks the data and applies the options.
 
     Raises:
-        TypeError, ValueError: not tensors, different devices, a mask of another shape, two activations.
+        TypeError, ValueError: not tensors, different devices, a mask of another shape or (unless
+            ``signed_mask``) below 0, two activations.
         mismatch: the target's shape does not fit (its type is MONAI's for the loss).
         AssertionError: labels without a channel of their own.
         NotImplementedError: softmax of integers (torch's type).
@@ -135,9 +140,7 @@ def prepare(
         if channels == 1:
             warn_single_channel("softmax=True")
         elif not logits.is_floating_point():
-            raise NotImplementedError(
-                f"logits: got {logits.dtype}, expected a floating dtype for softmax=True; use logits.float()"
-            )
+            raise NotImplementedError(hints.of_integer_logits(logits, target, " for softmax=True"))
         else:
             activation = Activation.SOFTMAX
     if other_act is not None:
@@ -163,7 +166,7 @@ def prepare(
             f"other_act made {logits.shape[1]} of them"
         )
     _check_target(logits, target, dense, mismatch)
-    checks.mask_shape(mask, logits)
+    (checks.mask_shape if signed_mask else checks.voxel_weights)(mask, logits)
     promoted = torch.promote_types(
         logits.dtype if logits.is_floating_point() else torch.float32,
         target.dtype if dense else torch.float32,
@@ -207,22 +210,16 @@ def _check_target(logits: Tensor, target: Tensor, dense: bool, mismatch: type[Ex
     shape, expected = tuple(target.shape), tuple(logits.shape)
     if dense:
         if shape != expected:
-            hint = (
-                "; pass to_onehot_y=True for a label map" if shape == (expected[0], 1, *expected[2:]) else ""
-            )
-            raise mismatch(
-                f"ground truth has different shape ({target.shape}) from input ({logits.shape}){hint}"
-            )
+            raise mismatch(hints.of_different_shapes(logits, target, False))
         return
     if shape == (expected[0], *expected[2:]) and len(shape) > 1:
         return
     if target.ndim < 2 or shape[1] != 1:
         raise AssertionError(
-            f"labels should have a channel with length equal to one. target: got shape {shape}, expected "
-            f"{(expected[0], 1, *expected[2:])}; a one-hot target goes with to_onehot_y=False"
+            "labels should have a channel with length equal to one. " + hints.of_target(logits, target, True)
         )
     if (shape[0], *shape[2:]) != (expected[0], *expected[2:]):
-        raise mismatch(f"ground truth has different shape ({target.shape}) from input ({logits.shape})")
+        raise mismatch(hints.of_different_shapes(logits, target, True))
 
 
 def _dense_ignore_mask(target: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:

@@ -6,16 +6,16 @@ any device, so a piece's temporaries are all the memory that it takes beside the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import deferred, dispatch
 from .backends import eager
-from .evaluate import record_line
+from .evaluate import record_step
+from .kinds import traced
 from .spec import BAD, Activation, SumsSpec
 
 # Called with the pieces (B, C, v), (B or 1, K, v), ...; None stays None.
@@ -65,18 +65,11 @@ def voxel_sums(x: Tensor) -> Tensor:
 def sums_by_label(x: Tensor, labels: Tensor, classes: int) -> Tensor:
     """(B, classes) float64 sums of x (B, 1, v) over the voxels of each label (B, 1, v) int64."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        sums = torch.zeros(x.shape[0], classes, dtype=torch.float64)
+        sums = torch.zeros(x.shape[0], classes, dtype=torch.float64, device=x.device)
         return sums.scatter_add(1, labels[:, 0], x[:, 0].double())  # in the order of the voxels
     # Elsewhere a scatter adds in any order.
     of_class = labels == torch.arange(classes, device=labels.device).view(1, -1, 1)
     return voxel_sums(torch.where(of_class, x, 0.0))
-
-
-def traced() -> bool:
-    """Whether torch.compile, torch.export or torch.jit.trace follows this call and may read no tensor."""
-    # torch documents is_tracing, but neither exports nor types it.
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return torch.compiler.is_compiling() or tracing
 
 
 def record_streamed(
@@ -96,12 +89,14 @@ def record_streamed(
         )
     reason = _whole_reason(others, closed_over)
     if reason:
-        record_line(f"backend: eager ({name} on the whole volume at once: {reason})")
+        record_step(f"backend: eager ({name} on the whole volume at once: {reason})", "eager", reason, True)
         return
     pieces = -(-logits.shape[2:].numel() // _piece_voxels(logits))
-    record_line(
+    record_step(
         f"backend: eager ({name} has no kernel: PyTorch piece by piece, pieces of the space: {pieces}; "
-        "kept for backward: nothing beside the inputs)"
+        "kept for backward: nothing beside the inputs)",
+        "eager",
+        f"{name} has no kernel",
     )
 
 
@@ -110,14 +105,17 @@ def check_labels(
 ) -> None:
     """Raises LabelRangeError if ``bad``, a count for each sample, is not zero.
 
-    Only where the rest of the package does, on the CPU and elsewhere with DICEKERNELS_CHECK=1; and not in
-    a trace.
+    As the rest of the package: at once on the CPU and elsewhere with DICEKERNELS_CHECK=1, else in a later
+    call (deferred.py); and not in a trace.
     """
     if traced():
         return
-    if labels.device.type == "cpu" or os.environ.get("DICEKERNELS_CHECK") == "1":
+    if deferred.reads_at_once(labels.device):
         # (B, 1) of a row: the shape that the check of the eager backend reads.
         eager.check_labels(bad.detach()[:, None], labels, mask, classes, label_spec(ignore_index))
+    else:
+        deferred.raise_earlier(labels.device)
+        deferred.count_later(bad.detach(), labels, classes)
 
 
 def label_spec(ignore_index: int | None) -> SumsSpec:

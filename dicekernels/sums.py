@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks, dispatch
+from .arguments import documented
 from .autograd import total_sums
-from .backends import eager
-from .evaluate import record_line
+from .evaluate import record_step
+from .ops import eager_totals
 from .prepare import kernel_dtype, plain
 from .spec import (
     BAD,
@@ -52,15 +53,16 @@ class RegionSums(NamedTuple):
     LS: Tensor | None = None
 
 
+@documented()
 def region_sums(
     logits: Tensor,
     target: Tensor,
     *,
-    activation: str | None = "softmax",
-    overlap: str = "product",
-    voxel_term: str | None = None,
+    activation: Literal["softmax", "sigmoid"] | None = "softmax",
+    overlap: Literal["product", "min", "squared", "voxel_squared"] = "product",
+    voxel_term: Literal["ce", "bce", "focal_sigmoid", "focal_softmax"] | None = None,
     mask: Tensor | None = None,
-    mask_mode: str = "weight",
+    mask_mode: Literal["weight", "product"] = "weight",
     ignore_index: int | None = None,
     gamma: float = 2.0,
     first_class: int = 0,
@@ -73,24 +75,35 @@ def region_sums(
         score = 5 * sums.I / (5 * sums.I + sums.FP + 4 * sums.FN)
         loss = 1 - score.mean()
 
+    The rows and kinds: docs/semantics.md, section 1.
+
     Args:
-        logits: (B, C, *S) floating.
+        logits: (B, C, *S) floating, with at least one spatial dimension.
         target: labels (B, 1, *S) or (B, *S); or values of the shape of the logits (for C = 1 always values).
         activation: "softmax", "sigmoid" or None (the logits are probabilities), of I, FP and FN.
-        overlap: "product", "min", "squared" or "voxel_squared".
-        voxel_term: None, "ce", "bce", "focal_sigmoid" or "focal_softmax", from the raw logits.
-        mask: voxel weights (B, 1, *S); with ``mask_mode`` "weight" every sum is linear in them, with
-            "product" they multiply p and g before the products.
-        ignore_index: label whose voxels are left out (label maps).
-        gamma: exponent of the focal terms.
-        first_class: the softmax of "focal_softmax" runs over the classes from here on.
+        overlap: what one voxel adds to I, FP and FN: "product" p g, p (1 - g), (1 - p) g; "min" with min(p,
+            g) in place of p g; "squared" p g, p (p - g), g (g - p); "voxel_squared" p^2 g, p^2 (1 - g), (1 -
+            p)^2 g.
+        voxel_term: of POS, NEG and LS: None, "ce", "bce", "focal_sigmoid" or "focal_softmax", of the raw
+            logits.
+        mask: voxel weights (B, 1, *S) or (1, 1, *S), at least 0, of any real dtype. None: each voxel counts
+            once.
+        mask_mode: "weight": every sum is linear in ``mask``; "product": it multiplies p and g before the
+            products.
+        ignore_index: label whose voxels are left out, of label maps alone (ValueError for values). None:
+            every voxel counts.
+        gamma: exponent of the focal terms, 0 or more.
+        first_class: the softmax of "focal_softmax" runs over the classes from here on, 0 to C - 1.
+
+    Returns:
+        :class:`RegionSums`, each (B, C) float64, None for what was not asked for.
 
     Raises:
         ValueError, TypeError: arguments that do not fit.
-        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (CPU).
+        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (on a GPU in a later call).
     """
     checks.tensors(logits, target, mask)
-    checks.mask_shape(mask, logits)
+    checks.voxel_weights(None if mask is None else plain(mask), logits)
     checks.region_options(logits, target, activation, overlap, voxel_term, mask_mode, gamma, first_class)
     ignore_index = checks.index(ignore_index)
     logits, target = plain(logits), kernel_dtype(plain(target))
@@ -128,11 +141,14 @@ def region_sums(
                 f"backend {forced!r} was forced, but {others[0]} requires a gradient, and the kernels "
                 "differentiate the logits alone; detach it or force 'eager'"
             )
-        record_line(f"backend: eager ({others[0]} requires a gradient); region_sums")
-        totals = eager.sums(logits, target, mask, spec).sum(1)
+        reason = f"{others[0]} requires a gradient"
+        record_step(f"backend: eager ({reason}); region_sums", "eager", reason, whole=True)
+        totals = eager_totals(logits, target, mask, spec)
     else:
         backend = dispatch.choose(logits)
-        record_line(f"backend: {backend.name}; region_sums of {', '.join(row_names(rows))}")
+        named_rows = ", ".join(row_names(rows))
+        line = f"backend: {backend.name}; region_sums of {named_rows}"
+        record_step(line, backend.name, dispatch.no_kernel(logits))
         totals = total_sums(logits, target, mask, spec, backend.namespace)
     named = dict(zip(row_names(rows), totals.unbind(-1), strict=True))
     named.pop("BAD", None)

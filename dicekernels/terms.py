@@ -137,8 +137,15 @@ def ce_term(
     return LossSpec(sums, finish)
 
 
-def focal_term(inputs: Inputs, reduction: str, gamma: float, use_softmax: bool, ignores: bool) -> LossSpec:
-    """MONAI's focal loss alone; ``ignores``: voxels are left out, which changes MONAI's denominator."""
+def focal_term(
+    inputs: Inputs,
+    reduction: str,
+    gamma: float,
+    use_softmax: bool,
+    by_voxels: bool,
+    softmax_over_all: bool,
+) -> LossSpec:
+    """The focal loss alone; ``by_voxels``: the mean is over voxels and not over voxels and classes."""
     rows = POS | N | (0 if inputs.dense else BAD) | (0 if use_softmax else NEG)
     sums = SumsSpec(
         dense=inputs.dense,
@@ -148,9 +155,9 @@ def focal_term(inputs: Inputs, reduction: str, gamma: float, use_softmax: bool, 
         ignore_index=inputs.ignore_index,
         product_mask=inputs.product_mask,
         focal_gamma=checks.constant("gamma", gamma),
-        first_class=inputs.skipped if use_softmax else 0,
+        first_class=inputs.skipped if use_softmax and not softmax_over_all else 0,
     )
-    mean = Denominator.VOXELS if ignores else Denominator.ELEMENTS
+    mean = Denominator.VOXELS if by_voxels else Denominator.ELEMENTS
     finish = FinishSpec(
         Formula.NONE,
         reduction=reduction_of(reduction),

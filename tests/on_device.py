@@ -67,14 +67,13 @@ def _backend_of(item: pytest.Item) -> str | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    from dicekernels import available_backends, dispatch
+    from dicekernels import available_backends, dispatch, unavailable_backends
 
-    reasons = available_backends()
     chosen = dispatch.forced_backend()
     if chosen is not None:
         # The fixture forces it where a test speaks of it; the others are free to choose.
         dispatch.force_backend(None)
-        first = next(name for name in ("cuda", "triton", "eager") if not reasons[name])
+        first = next(name for name in ("cuda", "triton", "eager") if name in available_backends())
         groups: dict[bool, list[pytest.Item]] = {True: [], False: []}
         for item in items:
             groups[(_backend_of(item) or first) == chosen].append(item)
@@ -84,8 +83,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         name, _, parameters = item.name.partition("[")
         if name in NOT_HERE:
             item.add_marker(pytest.mark.skip(reason=NOT_HERE[name]))
-        elif name in OF_CUDA and reasons["cuda"]:
-            item.add_marker(pytest.mark.skip(reason=f"backend 'cuda': {reasons['cuda']}"))
+        elif name in OF_CUDA and "cuda" not in available_backends():
+            reason = f"backend 'cuda': {unavailable_backends()['cuda']}"
+            item.add_marker(pytest.mark.skip(reason=reason))
         elif "cpu" in parameters.rstrip("]").split("-"):
             item.add_marker(pytest.mark.skip(reason="the backend of the CPU"))
 

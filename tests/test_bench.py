@@ -217,7 +217,7 @@ def test_gpu_dry_run_prints_the_commands_in_order(dry_run: tuple[str, Path]) -> 
     places = [[re.search(part, line) is not None for line in commands].index(True) for part in parts]
     assert places == sorted(set(places))
     assert "-m bench.tune" not in "".join(commands)
-    assert "11 problems ran" in output
+    assert "13 problems ran" in output
     assert "Time, forward + backward" in output
     assert re.search(r"triton in the interpreter: loss (\S+), eager \1;", output)
     assert (out / "gpu.log").read_text() == output

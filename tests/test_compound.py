@@ -95,7 +95,7 @@ def test_learned_factors_get_their_gradient():
     logits, labels = problem()
     factor = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
     loss = dicekernels.DiceCELoss(lambda_dice=factor, **HOT)
-    assert [name for name, _ in loss.named_parameters()] == ["_lambda_dice"]
+    assert [name for name, _ in loss.named_parameters()] == ["lambda_dice"]
     loss(logits, labels).backward()
     dice = loss.dice(logits, labels).item()
     assert factor.grad.item() == pytest.approx(dice, abs=1e-12)

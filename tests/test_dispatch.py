@@ -12,7 +12,15 @@ import torch
 from cases import make_labels, make_logits, make_values
 
 import dicekernels
-from dicekernels import available_backends, dispatch, explain, functional, region_sums, use_backend
+from dicekernels import (
+    available_backends,
+    dispatch,
+    explain,
+    functional,
+    region_sums,
+    unavailable_backends,
+    use_backend,
+)
 from dicekernels.backends.triton import support as triton_support
 
 HOT = {"to_onehot_y": True, "softmax": True}
@@ -36,15 +44,22 @@ def child(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def lines_of(loss=None, logits=None, labels=LABELS):
     logits = LOGITS.clone().requires_grad_() if logits is None else logits
-    return explain(loss or dicekernels.DiceCELoss(**HOT), logits, labels).splitlines()
+    return explain(loss or dicekernels.DiceCELoss(**HOT), logits, labels).splitlines()[1:]
 
 
-def test_every_backend_is_listed_and_these_two_run_here():
-    listed = available_backends()
-    assert listed.pop("cuda")  # a build of torch without CUDA, or the reason why it cannot run
-    assert listed == {"cpu": "", "triton": triton_support.unavailable(), "eager": ""}
-    available_backends()["cpu"] = "a copy"
-    assert available_backends()["cpu"] == ""
+def test_every_backend_can_run_or_has_a_reason_and_these_two_run_here(monkeypatch):
+    monkeypatch.setitem(dispatch._unavailable, "cuda", "")
+    monkeypatch.setitem(dispatch._unavailable, "triton", "no GPU")
+    assert available_backends() == ("cuda", "cpu", "eager")
+    assert unavailable_backends() == {"triton": "no GPU"}
+    monkeypatch.undo()
+    reasons = unavailable_backends()
+    assert reasons.get("triton", "") == triton_support.unavailable()
+    assert reasons.pop("cuda")  # a build of torch without CUDA, or the reason why it cannot run
+    assert [name for name in available_backends() if name not in ("cuda", "triton")] == ["cpu", "eager"]
+    assert reasons == {name: dispatch._unavailable[name] for name in reasons}
+    unavailable_backends()["cpu"] = "a copy"
+    assert "cpu" in available_backends()
 
 
 def test_the_binary_comes_first():
@@ -133,10 +148,10 @@ def test_an_unknown_name_in_the_environment_is_an_error():
 def test_without_the_binary_eager_runs_and_the_first_cause_is_kept(tmp_path):
     code = """
 import torch, dicekernels
-from dicekernels import DiceLoss, available_backends, explain, use_backend
+from dicekernels import DiceLoss, explain, unavailable_backends, use_backend
 loss = DiceLoss(to_onehot_y=True, softmax=True)
 print(explain(loss, torch.zeros(1, 2, 4), torch.zeros(1, 1, 4)))
-print("reason:", available_backends()["cpu"])
+print("reason:", unavailable_backends()["cpu"])
 try:
     with use_backend("cpu"): pass
 except RuntimeError as error:
@@ -144,7 +159,7 @@ except RuntimeError as error:
 """
     done = child(code, DICEKERNELS_LIBRARY_PATH=str(tmp_path), DICEKERNELS_BACKEND="")
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = done.stdout.splitlines()[1:]
     cause = f"{tmp_path}/libdicekernels_cpu.so not found (DICEKERNELS_LIBRARY_PATH points there)"
     assert lines[0] == "backend: eager"
     assert lines[1].startswith("  not cuda: ")

@@ -11,21 +11,29 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 CPP = Path(__file__).parent / "cpp"
 SOURCES = ["emulator_test.cpp", "emulator_memory_test.cpp"]
-CHECKS = [
-    name for source in SOURCES for name in re.findall(r"^CHECK\((\w+)\)", (CPP / source).read_text(), re.M)
-]
+COMPILER = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 ORDERS = ["forward", "reverse", "shuffle:1"]
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
-def build(tmp_path_factory: pytest.TempPathFactory, name: str, *flags: str) -> Path:
-    """The folder with `emulator_test`, as a program and as a library. All workers share one compilation."""
+def checks_of(source: str) -> list[str]:
+    return re.findall(r"^CHECK\((\w+)\)", (CPP / source).read_text(), re.M)
+
+
+CHECKS = [name for source in SOURCES for name in checks_of(source)]
+
+
+def compiled_once(
+    tmp_path_factory: pytest.TempPathFactory, name: str, compile_into: Callable[[Path], None]
+) -> Path:
+    """The folder that ``compile_into`` has filled. All workers share one compilation."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ on this machine")
     base = tmp_path_factory.getbasetemp()
@@ -35,23 +43,23 @@ def build(tmp_path_factory: pytest.TempPathFactory, name: str, *flags: str) -> P
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "done").exists():
-            compiler = [
-                "g++",
-                "-std=c++17",
-                "-fPIC",
-                "-fvisibility=hidden",
-                "-Wall",
-                "-Wextra",
-                "-Werror",
-                *flags,
-            ]
-            objects = [str(folder / f"{source}.o") for source in SOURCES]
-            for source, out in zip(SOURCES, objects, strict=True):
-                call([*compiler, "-c", str(CPP / source), "-o", out])
-            call([*compiler, *objects, "-pthread", "-o", str(folder / "emulator_test")])
-            call([*compiler, *objects, "-pthread", "-shared", "-o", str(folder / "emulator_test.so")])
+            compile_into(folder)
             (folder / "done").touch()
     return folder
+
+
+def build(tmp_path_factory: pytest.TempPathFactory, name: str, *flags: str) -> Path:
+    """The folder with `emulator_test`, as a program and as a library."""
+
+    def compile_into(folder: Path) -> None:
+        compiler = [*COMPILER, *flags]
+        objects = [str(folder / f"{source}.o") for source in SOURCES]
+        for source, out in zip(SOURCES, objects, strict=True):
+            call([*compiler, "-c", str(CPP / source), "-o", out])
+        call([*compiler, *objects, "-pthread", "-o", str(folder / "emulator_test")])
+        call([*compiler, *objects, "-pthread", "-shared", "-o", str(folder / "emulator_test.so")])
+
+    return compiled_once(tmp_path_factory, name, compile_into)
 
 
 def call(command: list[str]) -> None:
@@ -59,11 +67,13 @@ def call(command: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def run(folder: Path, *arguments: str, order: str = "forward") -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, *arguments: str, order: str = "forward", program: str = "emulator_test"
+) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"DICEKERNELS_EMULATOR_ORDER": order}
     environment.pop("LD_PRELOAD", None)
     return subprocess.run(
-        [str(folder / "emulator_test"), *arguments],
+        [str(folder / program), *arguments],
         capture_output=True,
         text=True,
         env=environment,
@@ -71,8 +81,8 @@ def run(folder: Path, *arguments: str, order: str = "forward") -> subprocess.Com
     )
 
 
-def assert_passes(folder: Path, check: str, order: str) -> None:
-    done = run(folder, check, order=order)
+def assert_passes(folder: Path, check: str, order: str, program: str = "emulator_test") -> None:
+    done = run(folder, check, order=order, program=program)
     assert (done.returncode, done.stdout) == (0, f"{check}: passed\n"), done.stdout + done.stderr
 
 

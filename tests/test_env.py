@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dicekernels import env
-from dicekernels.dispatch import available_backends
+from dicekernels.dispatch import available_backends, unavailable_backends
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,10 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_text_names_each_backend_with_its_state(capsys: pytest.CaptureFixture[str]) -> None:
     env.main([])
     text = capsys.readouterr().out
-    backends = available_backends()
-    assert {"cpu", "eager"} <= set(backends)
-    for name, reason in backends.items():
-        state = f"not available: {reason}" if reason else "available"
+    assert {"cpu", "eager"} <= set(available_backends())
+    states = dict.fromkeys(available_backends(), "available")
+    states |= {name: f"not available: {reason}" for name, reason in unavailable_backends().items()}
+    for name, state in states.items():
         assert re.search(rf"^  {name} +{re.escape(state)}$", text, re.MULTILINE)
 
 

@@ -65,6 +65,8 @@ TENTH, QUARTER = -math.log(0.9), A
         ({"use_softmax": True}, (TENTH / 100 + QUARTER / 16) / 4),
         ({"use_softmax": True, "alpha": 0.25}, (3 / 4 * TENTH / 100 + QUARTER / 4 / 16) / 4),
         ({"use_softmax": True, "include_background": False}, 0.0),  # one channel is left
+        ({"use_softmax": True, "include_background": False, "softmax_over_all": True}, QUARTER / 16 / 2),
+        ({"ignore_index": 0, "mean_over_classes": True}, (2 * A / 16 + (B / 4 - A / 16)) / 2),
     ],
 )
 def test_focal_by_hand(backend, options, expected):
@@ -183,7 +185,12 @@ def test_the_whole_is_the_sum_of_its_halves(backend, name, use_softmax, reductio
         whole = value_and_gradient(loss, logits, labels, **more)
         overlap = value_and_gradient(kind(**common, softmax=True), logits, labels, **more)
         focal = value_and_gradient(
-            dicekernels.FocalLoss(**common, use_softmax=use_softmax), logits, labels, **more
+            dicekernels.FocalLoss(
+                **common, use_softmax=use_softmax, mean_over_classes=True, softmax_over_all=True
+            ),
+            logits,
+            labels,
+            **more,
         )
         halves = [a.double() + 0.7 * b.double() for a, b in zip(overlap, focal, strict=True)]
         # the focal half alone rounds its value to float32

@@ -36,11 +36,26 @@ LOGITS = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape
         ("90a", [(9, 0)], [(10, 0), (12, 0)]),
         ("80-virtual", [(8, 0), (9, 0)], [(7, 0)]),
         ("100f-real,75-real", [(10, 0), (7, 5)], [(8, 0), (9, 0)]),
+        # A Tegra runs its own machine code and PTX alone, and nobody else runs its machine code.
+        ("80-real,86-real", [(8, 6), (8, 9)], [(8, 7)]),
+        ("80", [(8, 7), (11, 0)], []),
+        ("87-real", [(8, 7)], [(8, 0), (8, 9)]),
+        ("100-real", [(10, 3)], [(10, 1), (11, 0)]),
+        ("110-real", [(11, 0)], [(10, 0)]),
     ],
 )
 def test_what_code_runs_on(architectures, runs, does_not):
     assert [capability for capability in runs if not gpus.runs_on(architectures, capability)] == []
     assert [capability for capability in does_not if gpus.runs_on(architectures, capability)] == []
+
+
+def test_cuda_is_asked_about_captures_for_its_own_tensors_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: asked.append(True) or True)
+    for other in ("cpu", "xpu", "meta"):
+        assert not gpus.capturing(torch.device(other))
+    assert asked == []
+    assert gpus.capturing(torch.device("cuda:0")) and asked == [True]
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def test_host_time_of_a_step(benchmark: Any, library: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_step_dispatches_fewer_operators_than_monai(name: str) -> None:
-    if dicekernels.available_backends()["cpu"]:
+    if "cpu" not in dicekernels.available_backends():
         pytest.skip("the fused CPU operators are not built")
     counted = {}
     for library in LIBRARIES:

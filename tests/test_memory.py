@@ -29,8 +29,8 @@ SHAPES = [(2, 4, 96, 96, 96), (1, 117, 64, 64, 64)]
 
 @pytest.fixture(autouse=True)
 def binary():
-    if dicekernels.available_backends()["cpu"]:
-        pytest.skip(dicekernels.available_backends()["cpu"])
+    if "cpu" not in dicekernels.available_backends():
+        pytest.skip(dicekernels.unavailable_backends()["cpu"])
     with dicekernels.use_backend("cpu"):
         yield
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import warnings
 from pathlib import Path
 
@@ -90,11 +91,11 @@ def test_import_and_a_loss_survive_broken_libraries(tmp_path: Path) -> None:
     # Two classes at 1/2 each, both voxels of class 0: Dice 2/3 and 0, loss 1 - 1/3.
     code = """if True:
         import torch
-        from dicekernels import available_backends, functional
+        from dicekernels import functional, unavailable_backends
         labels = torch.zeros(1, 1, 2, dtype=torch.uint8)
         options = dict(to_onehot_y=True, softmax=True, smooth_nr=0.0, smooth_dr=0.0)
         print(functional.dice_loss(torch.zeros(1, 2, 2), labels, **options).item())
-        print(available_backends()["cpu"])
+        print(unavailable_backends()["cpu"])
     """
     environment = {key: value for key, value in os.environ.items() if key != "DICEKERNELS_BACKEND"}
     environment["DICEKERNELS_LIBRARY_PATH"] = str(tmp_path)
@@ -177,6 +178,16 @@ def test_cuda_library_warns_where_it_stands_and_torch_could_use_it(
 def test_no_warning_where_the_library_loads_or_a_backend_is_named(tmp_path: Path) -> None:
     assert warnings_of_an_import(ROOT) == ""
     assert warnings_of_an_import(unbuilt(tmp_path / "site"), DICEKERNELS_BACKEND="eager") == ""
+
+
+def test_native_leaves_the_lock_of_a_free_threaded_python_off() -> None:
+    """Such a Python takes its lock again for a module that does not say that it needs none."""
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        code = "import sys, dicekernels._native; print(sys._is_gil_enabled())"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "False"
+    source = (Path(__file__).parent.parent / "csrc" / "native.cpp").read_text()
+    assert re.findall(r"^PYBIND11_MODULE\((.+)\) {$", source, re.M) == ["_native, m, py::mod_gil_not_used()"]
 
 
 def test_package_works_without_native_module(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,12 @@ LAST = log(2) / 2
         ({"alpha": [0.25, 0.5]}, (0.25 * FIRST + 0.5 * LAST) / 8),
         ({"weight": [2.0, 3.0]}, (2 * FIRST + 3 * LAST) / 8),
         ({"ignore_index": 1}, FIRST / 3),
+        ({"ignore_index": 1, "mean_over_classes": True}, FIRST / 6),
+        ({"include_background": False}, 0.0),
+        ({"include_background": False, "softmax_over_all": True}, LAST / 4),
+        ({"include_background": False, "softmax_over_all": True, "alpha": [0.5]}, LAST / 8),
+        ({"include_background": False, "softmax_over_all": True, "weight": [3.0]}, 3 * LAST / 4),
+        ({"softmax_over_all": True}, (FIRST + LAST) / 8),
     ],
 )
 def test_focal_softmax(options, expected):
@@ -175,8 +181,13 @@ SOFTMAX = {"softmax": True, "smooth_nr": 0.0, "smooth_dr": 0.0, "use_softmax": T
         ({"weight": [2.0, 3.0]}, (4 / 5 + 2) / 2 + (2 * FIRST + 3 * LAST) / 8),
         ({"weight": [2.0, 3.0], "dice_weight": None}, (2 / 5 + 2 / 3) / 2 + (2 * FIRST + 3 * LAST) / 8),
         ({"alpha": 0.25}, (2 / 5 + 2 / 3) / 2 + (0.75 * FIRST + 0.25 * LAST) / 8),
-        # three voxels: I = 3/2, P = 3/2, G = 3 and 0, 3/2, 0; the focal half is K times as much
-        ({"ignore_index": 1}, (1 / 3 + 1) / 2 + FIRST / 3),
+        # three voxels: I = 3/2, P = 3/2, G = 3 and 0, 3/2, 0
+        ({"ignore_index": 1}, (1 / 3 + 1) / 2 + FIRST / 6),
+        # MONAI's rule of the focal loss alone: over voxels, K times as much
+        ({"ignore_index": 1, "mean_over_classes": False}, (1 / 3 + 1) / 2 + FIRST / 3),
+        # without background: the softmax of both classes, the first one's term left out
+        ({"include_background": False}, 2 / 3 + LAST / 4),
+        ({"include_background": False, "softmax_over_all": False}, 2 / 3),
         # last voxel twice: I = 3/2 and 1, P = 5/2 and 5/2, G = 3 and 2
         ({"mask": tensor([[[1, 1, 1, 2]]])}, (5 / 11 + 5 / 9) / 2 + (FIRST + 2 * LAST) / 10),
     ],
@@ -194,7 +205,8 @@ def test_dice_focal_with_a_focal_softmax(options, expected):
         ({"weight": [2.0, 3.0]}, 5 / 8 + (2 * FIRST + 3 * LAST) / 8),
         ({"w_type": "uniform", "lambda_gdl": 0.5, "lambda_focal": 3.0}, 1 / 4 + 3 * (FIRST + LAST) / 8),
         # three voxels: G = 3 and 0, the absent class has the weight of the other: 1 - 2 * 3/2 / (9/2 + 3/2)
-        ({"ignore_index": 1}, 1 / 2 + FIRST / 3),
+        ({"ignore_index": 1}, 1 / 2 + FIRST / 6),
+        ({"ignore_index": 1, "mean_over_classes": False}, 1 / 2 + FIRST / 3),
     ],
 )
 def test_generalized_dice_focal(options, expected):

@@ -50,7 +50,7 @@ class Group(NamedTuple):
         modules: names without "test_".
         chosen: what of them `make test` runs, an expression of ``pytest -k``; the ids of all have "triton".
         passed: no fewer tests than these pass in `make test`.
-        skipped: tests of machine code, which there is none of here.
+        skipped: tests of machine code, or of a loss without kernels, which there are none of here.
     """
 
     modules: tuple[str, ...]
@@ -88,10 +88,20 @@ GROUPS = {
         8,
     ),
     "losses": Group(
-        ("focal", "monai_modules", "monai_extras", "monai_differential"),
+        (
+            "focal",
+            "halves",
+            "ignored",
+            "overrides",
+            "devices",
+            "monai_modules",
+            "monai_extras",
+            "monai_differential",
+        ),
         "not (whole or beyond_float16 or extras_are) or (whole and mean-False)"
         " or (extras_are and values and dtype0)",
-        161,
+        240,
+        4,
     ),
     # The arguments go through the same code whatever the loss and the dtype are.
     "arguments": Group(("robust",), "(DiceCELoss or MCCLoss) and not (dtype1 or dtype2)", 176),

@@ -383,6 +383,36 @@ def test_debugging_takes_the_way_through_triton(records: Records, monkeypatch: p
     assert len(records.planned) == 3
 
 
+@compiles
+def test_the_first_launch_inside_a_capture_is_an_error_before_it(
+    records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = _labels()
+    monkeypatch.setattr(launch, "capturing", lambda device: True)
+    for _ in range(2):  # what the first one compiled is not loaded yet
+        with pytest.raises(launch.CaptureError, match=r"sums_kernel: got its first launch .* Run one step"):
+            kernels.sums(*problem)
+    assert (records.started, launch.remembered) == ([], {})
+    monkeypatch.setattr(launch, "capturing", lambda device: False)
+    expected = kernels.sums(*problem).shape
+    monkeypatch.setattr(launch, "capturing", lambda device: True)
+    launch.remembered.clear()  # forgotten, but loaded
+    assert kernels.sums(*problem).shape == expected
+    assert len(records.started) == 2
+
+
+@compiles
+def test_a_remembered_launch_does_not_ask_about_captures(
+    records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(launch, "capturing", lambda device: bool(asked.append(device)))
+    _pass(_labels())
+    assert len(asked) == 3
+    _pass(_labels())
+    assert (len(asked), len(records.started)) == (3, 6)
+
+
 def test_launches_are_remembered_for_nvidia_gpus_alone() -> None:
     others = torch.version.hip or getattr(torch.version, "xpu", None)
     assert launch.REPLAYS is (not INTERPRETED and not others)

@@ -11,7 +11,7 @@ from cases import make_labels, make_logits
 from test_dispatch import child
 
 import dicekernels
-from dicekernels import available_backends, dispatch, env, region_sums, use_backend
+from dicekernels import dispatch, env, region_sums, unavailable_backends, use_backend
 from dicekernels.backends import gpus
 from dicekernels.backends.triton import support
 
@@ -154,7 +154,7 @@ def test_the_oldest_gpu_decides(capabilities, reason, machine, monkeypatch):
 
 
 def test_env_lists_it_with_its_reason():
-    reason = available_backends()["triton"]
+    reason = unavailable_backends().get("triton")
     state = f"not available: {reason}" if reason else "available"
     assert env.report()["backends"]["triton"] == state
 
@@ -220,7 +220,7 @@ def test_without_triton_everything_else_works():
 import sys
 sys.modules["triton"] = None
 import torch, dicekernels
-print(dicekernels.available_backends()["triton"])
+print(dicekernels.unavailable_backends()["triton"])
 loss = dicekernels.DiceLoss(to_onehot_y=True, softmax=True)
 print(loss(torch.zeros(1, 2, 4), torch.zeros(1, 1, 4)).item())
 """
@@ -239,7 +239,8 @@ import torch, dicekernels
 loss = dicekernels.DiceCELoss(to_onehot_y=True, softmax=True)
 logits, labels = torch.arange(24.0).sin().view(1, 3, 8).requires_grad_(), torch.arange(8).view(1, 1, 8) % 3
 lines = dicekernels.explain(loss, logits, labels).splitlines()
-print([line for line in lines[:4] if "not cuda" not in line])
+print(lines[0].partition(';')[0])
+print([line for line in lines[1:5] if "not cuda" not in line])
 values = []
 for name in ("cpu", "triton"):
     with dicekernels.use_backend(name):
@@ -253,7 +254,8 @@ except RuntimeError as error:
 """
     done = child(code, TRITON_INTERPRET="1", DICEKERNELS_BACKEND="triton")
     assert done.returncode == 0, done.stderr
-    explained, values, refusal = done.stdout.splitlines()
+    sentence, explained, values, refusal = done.stdout.splitlines()
+    assert sentence == "Runs in one pass forward and one backward on the triton kernels"
     assert explained == str(
         ["backend: triton", "  not cpu: 'triton' is forced", "  not eager: 'triton' is forced"]
     )

@@ -5,12 +5,56 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <string>
 
 #include "problem.h"
 
 namespace dicekernels {
 
+using torch::stable::Device;
 using torch::stable::Tensor;
+
+// As torch prints it: cuda:1.
+inline std::string name_of(const Device& device) {
+  using D = torch::headeronly::DeviceType;
+  const auto numbered = [&](const char* type) {
+    return device.index() < 0 ? type : std::string(type) + ":" + std::to_string(device.index());
+  };
+  switch (device.type()) {
+    case D::CPU:
+      return "cpu";
+    case D::CUDA:
+      return numbered("cuda");
+    case D::MPS:
+      return numbered("mps");
+    case D::XPU:
+      return numbered("xpu");
+    case D::Meta:
+      return "meta";
+    default:
+      return "a device of another kind";
+  }
+}
+
+// Without an index any device of the type will do.
+inline bool is_on(const Tensor& tensor, const Device& expected) {
+  const Device device = tensor.device();
+  return device.type() == expected.type() &&
+         (expected.index() < 0 || device.index() == expected.index());
+}
+
+// The dispatcher goes by all tensors of a call together: one on a GPU brings those of the CPU
+// along, whose addresses mean nothing there.
+inline void check_device(const Tensor& tensor, const char* name, const Device& expected) {
+  STD_TORCH_CHECK(is_on(tensor, expected), name, ": got a tensor on ", name_of(tensor.device()),
+                  ", expected one on ", name_of(expected),
+                  " as the others of the call; move it with ", name, ".to('", name_of(expected),
+                  "')");
+}
+inline void check_device(const std::optional<Tensor>& tensor, const char* name,
+                         const Device& expected) {
+  if (tensor) check_device(*tensor, name, expected);
+}
 
 inline DType dtype_of(const Tensor& tensor, const char* name) {
   using S = torch::headeronly::ScalarType;
@@ -78,7 +122,7 @@ inline View view_of(const Tensor& tensor, int64_t spatial_from, const char* name
   return view;
 }
 
-// A call of one of the two passes, checked.
+// A call of one of the two passes, checked but for the device of the logits.
 struct Inputs {
   Problem problem;
   Tensor logits, target, mask;  // what the views point into
@@ -89,6 +133,8 @@ inline Inputs inputs_of(const Tensor& logits, const Tensor& target,
                         int64_t overlap, int64_t voxel_term, int64_t rows,
                         const std::optional<int64_t>& ignore_index, bool product_mask,
                         double focal_gamma, int64_t first_class) {
+  check_device(target, "target", logits.device());
+  check_device(mask, "mask", logits.device());
   Inputs in;
   Problem& p = in.problem;
   p.batch = logits.size(0);

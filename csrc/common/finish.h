@@ -160,7 +160,20 @@ DK_TEAM void each_cell(const Team& team, int64_t rows, int64_t classes, F cell) 
   }
 }
 
-// Generalized Dice of one group: writes the slopes in its sums (C, R), returns the value.
+// A loss that is not rounded: see finish().
+struct Exact {
+  DK_INLINE double value(double x) const { return x; }
+  DK_INLINE double factor(double x) const { return x; }
+};
+
+// A half of the loss as it is alone, times its lambda.
+template <class Round>
+DK_TEAM double finish_half(double value, double lambda, const Round& round) {
+  return round.value(round.value(value) * round.factor(lambda));
+}
+
+// Generalized Dice of one group: writes `scale` times the slopes in its sums (C, R), returns the
+// value.
 template <class Team, class Load>
 DK_TEAM double finish_generalized(const FinishSpec& f, const FinishData& d, const Team& team,
                                   double scale, Load sum, double* slopes) {
@@ -195,18 +208,18 @@ DK_TEAM double finish_generalized(const FinishSpec& f, const FinishData& d, cons
     out[d.at.fp] = scale * by_error;
     out[d.at.fn] = scale * by_error;
   }
-  return scale * miss;
+  return miss;
 }
 
 // The overlap terms: writes their slopes, and their values without reduction; else returns this
-// member's share of their sum.
-template <class Team, class Store>
+// member's share of their sum, without the lambda.
+template <class Team, class Store, class Round>
 DK_TEAM double finish_region(const FinishSpec& f, const FinishData& d, const Team& team,
-                             Store store_loss) {
+                             Store store_loss, const Round& round) {
   const Places& at = d.at;
   const int64_t groups = f.groups(d.samples), outputs = f.outputs(d.classes);
   const double terms = static_cast<double>(groups * outputs);
-  const double share = d.region_lambda * (f.reduction == Reduction::mean ? 1 / terms : 1);
+  const double share = f.reduction == Reduction::mean ? 1 / terms : 1;
   const int64_t group_size = d.classes * at.width;
   if (f.batch) {
     team.add_samples(d.totals, d.samples, group_size, d.batch_sums);
@@ -220,16 +233,16 @@ DK_TEAM double finish_region(const FinishSpec& f, const FinishData& d, const Tea
   double region = 0;
   const auto add = [&](int64_t output, double value) {
     if (f.reduction == Reduction::none)
-      store_loss(output, value);
+      store_loss(output, finish_half(value, d.region_lambda, round));
     else
-      region += value;
+      region += share * value;
   };
   if (f.formula == Formula::generalized) {
     const auto& part = team.part();
     for (int64_t group = team.part_rank(); group < groups; group += team.parts()) {
       const int64_t first = group * group_size;
       const double value = finish_generalized(
-          f, d, part, share, [&](int64_t c, int row) { return sum(first + c * at.width + row); },
+          f, d, part, d.region_lambda * share, [&](int64_t c, int row) { return sum(first + c * at.width + row); },
           slopes + first);
       if (part.rank() == 0) add(group, value);
     }
@@ -240,14 +253,14 @@ DK_TEAM double finish_region(const FinishSpec& f, const FinishData& d, const Tea
       const bool ratio = f.formula == Formula::ratio;
       const Slopes4 s =
           ratio ? finish_ratio(f, i, fp, fn) : finish_mcc(f, i, fp, fn, sum(row + at.tn));
-      const double scale =
-          ratio && d.class_weight ? share * team.load(d.class_weight + output) : share;
+      const double weight = ratio && d.class_weight ? team.load(d.class_weight + output) : 1;
+      const double scale = d.region_lambda * share * weight;
       double* out = slopes + row;
       out[at.i] = scale * s.d_i;
       out[at.fp] = scale * s.d_fp;
       out[at.fn] = scale * s.d_fn;
       if (!ratio) out[at.tn] = scale * s.d_tn;
-      add(group * outputs + output, scale * s.value);
+      add(group * outputs + output, weight * s.value);
     });
   }
   if (f.batch) {
@@ -265,7 +278,7 @@ DK_TEAM double finish_region(const FinishSpec& f, const FinishData& d, const Tea
   return region;
 }
 
-// The voxel term: writes its slopes, returns this member's share of its value.
+// The voxel term: writes its slopes, returns this member's share of its value, without the lambda.
 template <class Team>
 DK_TEAM double finish_voxel(const FinishSpec& f, const FinishData& d, const Team& team) {
   const Places& at = d.at;
@@ -300,7 +313,7 @@ DK_TEAM double finish_voxel(const FinishSpec& f, const FinishData& d, const Team
     double sum = pos_weight * (1 - f.label_smoothing) * team.load(t + at.pos);
     if (ls) sum += pos_weight * f.label_smoothing / d.classes * team.load(t + at.ls);
     if (neg) sum += neg_weight * team.load(t + at.neg);
-    if (!ignored) voxel += scale * sum;
+    if (!ignored) voxel += sum / denominator;
     double* out = d.coef + row(b, c);
     out[at.pos] = scale * pos_weight * (1 - f.label_smoothing);
     if (ls) out[at.ls] = scale * pos_weight * f.label_smoothing / d.classes;
@@ -310,9 +323,12 @@ DK_TEAM double finish_voxel(const FinishSpec& f, const FinishData& d, const Team
 }
 
 // Loss and coef. store_loss(at, value) gets groups * outputs values, or one if reduced, each from
-// one member of the team.
-template <class Team, class Store>
-DK_TEAM void finish(const FinishSpec& f, const FinishData& d, const Team& team, Store store_loss) {
+// one member of the team. `round` makes a loss of two halves the sum of these halves to the last
+// bit: each is rounded to the loss's dtype (`value`) before and after its lambda, which torch takes
+// as float32 beside anything but float64 (`factor`).
+template <class Team, class Store, class Round = Exact>
+DK_TEAM void finish(const FinishSpec& f, const FinishData& d, const Team& team, Store store_loss,
+                    const Round& round = {}) {
   const int64_t values = d.samples * d.classes * d.at.width;
   const int64_t terms = f.groups(d.samples) * f.outputs(d.classes);
   const bool reduced = f.reduction != Reduction::none;
@@ -336,7 +352,7 @@ DK_TEAM void finish(const FinishSpec& f, const FinishData& d, const Team& team, 
 
   double region = 0, voxel = 0;
   if (f.formula != Formula::none) {
-    region = team.sum(finish_region(f, d, team, store_loss));
+    region = team.sum(finish_region(f, d, team, store_loss, round));
     // The mean of nothing, as torch has it.
     if (terms == 0 && f.reduction == Reduction::mean) region = NAN;
   }
@@ -345,7 +361,9 @@ DK_TEAM void finish(const FinishSpec& f, const FinishData& d, const Team& team, 
     const bool shared = f.denominator != Denominator::one && f.denominator != Denominator::samples;
     if (d.samples == 0 && shared) voxel = NAN;  // as torch: 0/0
   }
-  if (reduced && team.rank() == 0) store_loss(0, region + voxel);
+  if (reduced && team.rank() == 0)
+    store_loss(0, finish_half(region, d.region_lambda, round) +
+                      finish_half(voxel, d.voxel_lambda, round));
 }
 
 }  // namespace dicekernels

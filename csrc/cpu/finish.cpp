@@ -24,6 +24,7 @@ struct Values {
   std::vector<double> values;
   Values(const std::optional<Tensor>& tensor, int64_t expected, const char* name) {
     if (!tensor) return;
+    check_device(*tensor, name, torch::headeronly::kCPU);
     values = doubles(*tensor);
     STD_TORCH_CHECK(static_cast<int64_t>(values.size()) == expected, name, ": got ", values.size(),
                     " values, expected ", expected);
@@ -33,10 +34,31 @@ struct Values {
 
 // As Tensor::to rounds: what is shorter than float goes through it.
 template <class T>
-void store_as(const std::vector<double>& values, Tensor& out) {
+T narrow(double value) {
   using Via = std::conditional_t<sizeof(T) < sizeof(float), float, T>;
+  return T(static_cast<Via>(value));
+}
+
+// The rounding of finish() for a loss of this dtype.
+struct Rounding {
+  torch::headeronly::ScalarType dtype;
+
+  double value(double x) const {
+    using S = torch::headeronly::ScalarType;
+    if (dtype == S::Float) return narrow<float>(x);
+    if (dtype == S::Half) return static_cast<float>(narrow<torch::headeronly::Half>(x));
+    if (dtype == S::BFloat16) return static_cast<float>(narrow<torch::headeronly::BFloat16>(x));
+    return x;
+  }
+  double factor(double x) const {
+    return dtype == torch::headeronly::ScalarType::Double ? x : narrow<float>(x);
+  }
+};
+
+template <class T>
+void store_as(const std::vector<double>& values, Tensor& out) {
   T* data = static_cast<T*>(out.mutable_data_ptr());
-  for (size_t at = 0; at < values.size(); ++at) data[at] = T(static_cast<Via>(values[at]));
+  for (size_t at = 0; at < values.size(); ++at) data[at] = narrow<T>(values[at]);
 }
 
 void store(const std::vector<double>& values, Tensor& out) {
@@ -65,6 +87,7 @@ std::tuple<Tensor, Tensor> finish_op(
     double smooth_dr, int64_t transform, double exponent, int64_t gdl_weight, int64_t skipped,
     bool batch, int64_t reduction, double label_smoothing, int64_t denominator,
     int64_t voxel_skipped, bool empty, torch::headeronly::ScalarType dtype) {
+  check_device(sums, "sums", torch::headeronly::kCPU);
   const int64_t samples = sums.size(0), chunks = sums.size(1), classes = sums.size(2);
   const FinishSpec f{rows,
                      static_cast<Formula>(formula),
@@ -115,7 +138,8 @@ std::tuple<Tensor, Tensor> finish_op(
                         region.data() ? *region.data() : 1,
                         voxel.data() ? *voxel.data() : 1,
                         static_cast<double*>(coef.mutable_data_ptr())};
-  finish(f, data, OneThread(), [&](int64_t at, double value) { values[at] = value; });
+  finish(
+      f, data, OneThread(), [&](int64_t at, double value) { values[at] = value; }, Rounding{dtype});
   store(values, loss);
   return {loss, coef};
 }

@@ -12,6 +12,8 @@
 namespace dicekernels {
 namespace {
 
+using torch::headeronly::kCPU;
+
 struct Free {
   void operator()(char* p) const { std::free(p); }
 };
@@ -68,6 +70,7 @@ Tensor sums(const Tensor& logits, const Tensor& target, const std::optional<Tens
             bool dense, int64_t activation, int64_t overlap, int64_t voxel_term, int64_t rows,
             std::optional<int64_t> ignore_index, bool product_mask, double focal_gamma,
             int64_t first_class) {
+  check_device(logits, "logits", kCPU);
   const Inputs in = inputs_of(logits, target, mask, dense, activation, overlap, voxel_term, rows,
                               ignore_index, product_mask, focal_gamma, first_class);
   const Problem& p = in.problem;
@@ -91,6 +94,9 @@ Tensor sums_backward(const std::optional<Tensor>& grad_loss, const Tensor& logit
                      bool dense, int64_t activation, int64_t overlap, int64_t voxel_term,
                      int64_t rows, std::optional<int64_t> ignore_index, bool product_mask,
                      double focal_gamma, int64_t first_class) {
+  check_device(logits, "logits", kCPU);
+  check_device(grad_loss, "grad_loss", kCPU);
+  check_device(coef, "coef", kCPU);
   const Inputs in = inputs_of(logits, target, mask, dense, activation, overlap, voxel_term, rows,
                               ignore_index, product_mask, focal_gamma, first_class);
   const Problem& p = in.problem;

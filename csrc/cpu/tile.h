@@ -1,6 +1,8 @@
 // A tile: a few hundred voxels of every class, brought into cache as float or double (logits z,
 // probabilities p, labels, voxel weights m), padded to whole vectors. All maths happen on tiles.
 #pragma once
+#include <initializer_list>
+
 #include "rows.h"
 
 namespace dicekernels {

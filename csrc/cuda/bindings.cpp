@@ -17,24 +17,6 @@ namespace dicekernels {
 namespace cuda {
 namespace {
 
-void check_device(const Tensor& logits, const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.get_device_index() == logits.get_device_index() &&
-                      tensor.device().type() == logits.device().type(),
-                  name, ": got a tensor on another device than the logits; move it with ", name,
-                  ".to(logits.device)");
-}
-
-Inputs inputs_on_device(const Tensor& logits, const Tensor& target,
-                        const std::optional<Tensor>& mask, bool dense, int64_t activation,
-                        int64_t overlap, int64_t voxel_term, int64_t rows,
-                        const std::optional<int64_t>& ignore_index, bool product_mask,
-                        double focal_gamma, int64_t first_class) {
-  check_device(logits, target, "target");
-  if (mask) check_device(logits, *mask, "mask");
-  return inputs_of(logits, target, mask, dense, activation, overlap, voxel_term, rows, ignore_index,
-                   product_mask, focal_gamma, first_class);
-}
-
 // grad_loss is a scalar or broadcasts to (B, outputs); outputs counts from the last class.
 Grad grad_of(const std::optional<Tensor>& grad_loss, const Problem& problem) {
   Grad grad;
@@ -59,10 +41,10 @@ Tensor sums(const Tensor& logits, const Tensor& target, const std::optional<Tens
             bool dense, int64_t activation, int64_t overlap, int64_t voxel_term, int64_t rows,
             std::optional<int64_t> ignore_index, bool product_mask, double focal_gamma,
             int64_t first_class) {
-  check_is_here(logits, "logits");
+  check_device(logits, "logits", kDevice);
   const DeviceGuard guard(logits.get_device_index());
-  const Inputs in = inputs_on_device(logits, target, mask, dense, activation, overlap, voxel_term,
-                                     rows, ignore_index, product_mask, focal_gamma, first_class);
+  const Inputs in = inputs_of(logits, target, mask, dense, activation, overlap, voxel_term, rows,
+                              ignore_index, product_mask, focal_gamma, first_class);
   const Problem& p = in.problem;
   Tensor slots =
       torch::stable::new_empty(logits, {p.batch, chunk_count(p.voxels), p.classes, row_count(rows)},
@@ -78,13 +60,13 @@ Tensor sums_backward(const std::optional<Tensor>& grad_loss, const Tensor& logit
                      bool dense, int64_t activation, int64_t overlap, int64_t voxel_term,
                      int64_t rows, std::optional<int64_t> ignore_index, bool product_mask,
                      double focal_gamma, int64_t first_class) {
-  check_is_here(logits, "logits");
+  check_device(logits, "logits", kDevice);
   const DeviceGuard guard(logits.get_device_index());
-  const Inputs in = inputs_on_device(logits, target, mask, dense, activation, overlap, voxel_term,
-                                     rows, ignore_index, product_mask, focal_gamma, first_class);
+  const Inputs in = inputs_of(logits, target, mask, dense, activation, overlap, voxel_term, rows,
+                              ignore_index, product_mask, focal_gamma, first_class);
   const Problem& p = in.problem;
-  check_device(logits, coef, "coef");
-  if (grad_loss) check_device(logits, *grad_loss, "grad_loss");
+  check_device(coef, "coef", logits.device());
+  check_device(grad_loss, "grad_loss", logits.device());
   const int64_t width = p.classes * row_count(rows);
   STD_TORCH_CHECK(coef.numel() == p.batch * width, "coef: got ", coef.numel(), " values, expected ",
                   p.batch * width);

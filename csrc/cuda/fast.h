@@ -2,6 +2,8 @@
 // with the overlap rows of the product kind, cross entropy or the sigmoid focal term beside them,
 // up to kFastClasses classes, one voxel stride.
 #pragma once
+#include <initializer_list>
+
 #include "../common/problem.h"
 
 namespace dicekernels {

@@ -16,7 +16,7 @@ void launch_fast_backward(const Problem& problem, const FastPlan& plan, const do
       blocks_of(problem.batch * ((problem.voxels + kRunVoxels - 1) / kRunVoxels));
   with_instance<S>(problem, plan, [&](auto held, auto split, auto focal, auto last) {
     const auto kernel = fast_backward<S, held(), split(), focal(), last()>;
-    allow_shared(kernel, bytes);
+    if (!allow_shared(kernel, bytes)) return;
     DK_LAUNCH((kernel), blocks, plan.threads(), bytes, static_cast<cudaStream_t>(stream), problem,
               plan, coef, grad, gradient);
   });

@@ -51,19 +51,22 @@ inline unsigned blocks_of(int64_t tasks) {
 }
 
 // More shared memory than 48 KiB has to be asked for, kernel by kernel and device by device. Never
-// less than before: another thread may be about to launch with that.
+// less than before: another thread may be about to launch with that. False where it is refused:
+// then the runtime holds the error for check_launch, and a launch would put its own in that place.
 template <class Kernel>
-void allow_shared(Kernel kernel, int bytes) {
-  if (bytes <= 48 * 1024) return;
+[[nodiscard]] bool allow_shared(Kernel kernel, int bytes) {
+  if (bytes <= 48 * 1024) return true;
   static std::mutex mutex;
   static std::map<std::pair<Kernel, int>, int> allowed;
   int device = 0;
-  cudaGetDevice(&device);
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
   const std::lock_guard<std::mutex> lock(mutex);
   int& most = allowed[{kernel, device}];
-  if (bytes <= most) return;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (bytes <= most) return true;
+  constexpr auto kMost = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  if (cudaFuncSetAttribute(kernel, kMost, bytes) != cudaSuccess) return false;
   most = bytes;
+  return true;
 }
 
 }  // namespace cuda

@@ -13,7 +13,7 @@ void launch_fast_sums(const Problem& problem, const FastPlan& plan, double* slot
   const unsigned blocks = blocks_of(problem.batch * chunk_count(problem.voxels));
   with_instance<S>(problem, plan, [&](auto held, auto split, auto focal, auto last) {
     const auto kernel = fast_sums<S, held(), split(), focal(), last()>;
-    allow_shared(kernel, bytes);
+    if (!allow_shared(kernel, bytes)) return;
     DK_LAUNCH((kernel), blocks, plan.threads(), bytes, static_cast<cudaStream_t>(stream), problem,
               plan, slots);
   });

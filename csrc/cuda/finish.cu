@@ -122,6 +122,27 @@ __device__ void copy_values(const View& values, int64_t count, double* out) {
     out[at] = read_as<double>(values, at * values.voxel);
 }
 
+// The rounding of finish() for a loss of this dtype.
+struct Rounding {
+  DType dtype;
+
+  __device__ double value(double x) const {
+    switch (dtype) {
+      case DType::f16:
+        return widen(narrow<Half>(x));
+      case DType::bf16:
+        return widen(narrow<Bfloat16>(x));
+      case DType::f32:
+        return narrow<float>(x);
+      default:
+        return x;
+    }
+  }
+  __device__ double factor(double x) const {
+    return dtype == DType::f64 ? x : narrow<float>(x);
+  }
+};
+
 __device__ void store_loss(const FinishLaunch& a, int64_t at, double value) {
   switch (a.loss_dtype) {
     case DType::f16:
@@ -184,7 +205,9 @@ __global__ void __launch_bounds__(kThreads, 2)
                         a.region_lambda.data ? block.load(lambdas) : a.region_value,
                         a.voxel_lambda.data ? block.load(lambdas + 1) : a.voxel_value,
                         a.coef};
-  finish(a.spec, data, block, [&](int64_t at, double value) { store_loss(a, at, value); });
+  finish(
+      a.spec, data, block, [&](int64_t at, double value) { store_loss(a, at, value); },
+      Rounding{a.loss_dtype});
 }
 
 }  // namespace

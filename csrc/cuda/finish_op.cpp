@@ -14,8 +14,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// An argument with a fixed number of values, read by the kernel in its own dtype. One that lies
-// elsewhere is copied, which waits for the device: weights belong where the logits are.
+// An argument with a fixed number of values, read by the kernel in its own dtype. One that lies on
+// the CPU is copied, which waits for the device: weights belong where the logits are.
 struct Values {
   View view;
   Tensor held;  // what the view points into
@@ -24,7 +24,8 @@ struct Values {
     if (!tensor) return;
     STD_TORCH_CHECK(tensor->numel() == expected, name, ": got ", tensor->numel(),
                     " values, expected ", expected);
-    held = tensor->device() == sums.device() ? *tensor : torch::stable::to(*tensor, sums.device());
+    if (!tensor->is_cpu()) check_device(*tensor, name, sums.device());
+    held = is_on(*tensor, sums.device()) ? *tensor : torch::stable::to(*tensor, sums.device());
     std::optional<int64_t> stride = flat_stride(held, 0);
     if (!stride) {
       held = torch::stable::contiguous(held);
@@ -75,7 +76,9 @@ DType loss_dtype(ScalarType dtype) {
 // a stream share one, without a launch to clear it. Launches that may run at the same time do not:
 // each stream has its own, by its id, which unlike the handle is never given to another stream. A
 // captured launch has one that nobody else ever gets, as its graph may be replayed on any stream,
-// beside launches on the one that it was captured on.
+// beside launches on the one that it was captured on. Nobody tells when a graph is destroyed, so
+// the ticket never comes back; after kTickets of them a counter is allocated for each launch. All
+// executables of one captured graph have its ticket: two of them must not run at the same time.
 int next_ticket(int32_t device, cudaStream_t stream) {
 #if defined(DK_EMULATED)
   (void)device, (void)stream;
@@ -114,7 +117,7 @@ std::tuple<Tensor, Tensor> finish_op(
     double smooth_dr, int64_t transform, double exponent, int64_t gdl_weight, int64_t skipped,
     bool batch, int64_t reduction, double label_smoothing, int64_t denominator,
     int64_t voxel_skipped, bool empty, ScalarType dtype) {
-  check_is_here(sums, "logits");
+  check_device(sums, "sums", kDevice);
   const int32_t device = sums.get_device_index();
   const DeviceGuard guard(device);
   const int64_t samples = sums.size(0), classes = sums.size(2), width = row_count(rows);

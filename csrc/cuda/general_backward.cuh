@@ -51,18 +51,18 @@ __device__ void load_jacobians(Tile<T>& tile) {
   const bool ce = problem.voxel_term == VoxelTerm::ce;
   const bool focal = problem.voxel_term == VoxelTerm::focal_softmax;
   const T gamma = static_cast<T>(problem.focal_gamma);
-  tile.each_voxel(false, [&](int v, int lane, bool own) {
+  tile.each_voxel(false, [&](int v, int lane, bool own, const Softmax<T>& of_voxel) {
     T shift = 0, pull = 0;
     for (int c = lane; c < problem.classes && (overlap || ce || focal); c += tile.plan.lanes) {
       const Slopes<T> a = class_slopes(tile, c);
       const T z = tile.z[c * tile.plan.pitch + v], g = tile.target(c, v);
       if (overlap) {
-        const T p = exp(z - tile.max[v]) * tile.scale[v];
+        const T p = of_voxel.p(z);
         shift += p * overlap_slope_at(tile, a, p, g, v);
       }
       if (ce) shift -= a.pos * g + a.ls;
       if (focal && c >= problem.first_class && (problem.dense || g != 0))
-        pull += a.pos * g * softmax_focal(tile.focal_log_p(z, v), gamma).slope;
+        pull += a.pos * g * softmax_focal(of_voxel.focal_log_p(z), gamma).slope;
     }
     shift = tile.over_lanes(shift);
     pull = tile.over_lanes(pull);

@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kMostTileThreads, 1)
     for (int64_t first = start; first < end; first += plan.voxels()) {
       const int n = static_cast<int>(end - first < plan.voxels() ? end - first : plan.voxels());
       bad += tile.load(task / chunks, first, n);
-      tile.each_voxel(true, [](int, int, bool) {});
+      tile.each_voxel(true, [](int, int, bool, const Softmax<T>&) {});
       for (int v = threadIdx.x; v < n; v += plan.threads) weight += tile.m[v];
       if (c >= problem.classes) continue;
       Rows<T> of_tile;

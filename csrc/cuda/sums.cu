@@ -11,7 +11,7 @@ template <class T>
 void launch_general(const Problem& problem, double* slots, Stream stream) {
   const TilePlan plan = plan_tile(problem.classes, problem.dense, sizeof(T));
   const unsigned blocks = blocks_of(problem.batch * chunk_count(problem.voxels));
-  allow_shared(general_sums<T>, plan.bytes);
+  if (!allow_shared(general_sums<T>, plan.bytes)) return;
   DK_LAUNCH((general_sums<T>), blocks, plan.threads, plan.bytes, static_cast<cudaStream_t>(stream),
             problem, plan, slots);
 }

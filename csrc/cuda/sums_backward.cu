@@ -12,7 +12,7 @@ void launch_general(const Problem& problem, const double* coef, const Grad& grad
                     const View& gradient, Stream stream) {
   const TilePlan plan = plan_tile(problem.classes, problem.dense, sizeof(T));
   const unsigned blocks = blocks_of(problem.batch * ((problem.voxels + kSpan - 1) / kSpan));
-  allow_shared(general_backward<T>, plan.bytes);
+  if (!allow_shared(general_backward<T>, plan.bytes)) return;
   DK_LAUNCH((general_backward<T>), blocks, plan.threads, plan.bytes,
             static_cast<cudaStream_t>(stream), problem, plan, coef, grad, gradient);
 }

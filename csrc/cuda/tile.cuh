@@ -1,6 +1,8 @@
 // A tile of a few voxels with all of their classes in shared memory, as float or double, whatever
 // the dtypes and strides of the tensors are; and what one voxel needs of its softmax.
 #pragma once
+#include <initializer_list>
+
 #include "elements.h"
 #include "tile.h"
 
@@ -8,6 +10,16 @@ namespace dicekernels {
 namespace cuda {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
+
+// What all classes of a voxel share of its softmax: over all classes the largest logit and
+// 1 / sum, over those from first_class on the largest logit and the log of the sum.
+template <class T>
+struct Softmax {
+  T max = 0, scale = 0, focal_max = 0, focal_log_sum = 0;
+
+  __device__ T p(T x) const { return exp(x - max) * scale; }
+  __device__ T focal_log_p(T x) const { return (x - focal_max) - focal_log_sum; }
+};
 
 template <class T>
 struct Tile {
@@ -86,33 +98,37 @@ struct Tile {
     }
   }
 
-  // The statistics of the softmax of every voxel, then f(voxel, lane): `plan.lanes` neighbouring
-  // threads share a voxel, all threads of a warp call it.
+  // The statistics of the softmax of every voxel, then f(voxel, lane, whether it is a voxel of its
+  // own, statistics): `plan.lanes` neighbouring threads share a voxel, all threads of a warp call
+  // it. Beyond the end lanes repeat the last voxel, whose rows another warp is writing: f must not
+  // read them there, and has the statistics in registers.
   template <class F>
   __device__ void each_voxel(bool logs, F f) {
     const int lanes = plan.lanes, lane = threadIdx.x % lanes;
     const bool softmax = needs_softmax(), focal = problem.voxel_term == VoxelTerm::focal_softmax;
     for (int base = 0; base < n; base += plan.threads / lanes) {
       const int own = base + threadIdx.x / lanes, v = own < n ? own : n - 1;
+      Softmax<T> of_voxel;
       if (softmax) {
-        T largest, sum;
-        softmax_of(0, v, lane, &largest, &sum);
+        T sum;
+        softmax_of(0, v, lane, &of_voxel.max, &sum);
+        of_voxel.scale = reciprocal(sum);
         if (lane == 0 && own < n) {
-          max[v] = largest;
-          scale[v] = reciprocal(sum);
+          max[v] = of_voxel.max;
+          scale[v] = of_voxel.scale;
           if (logs) log_sum[v] = cuda::log_sum(sum);
         }
       }
       if (focal) {
-        T largest, sum;
-        softmax_of(problem.first_class, v, lane, &largest, &sum);
+        T sum;
+        softmax_of(problem.first_class, v, lane, &of_voxel.focal_max, &sum);
+        of_voxel.focal_log_sum = log(sum);
         if (lane == 0 && own < n) {
-          focal_max[v] = largest;
-          focal_log_sum[v] = log(sum);
+          focal_max[v] = of_voxel.focal_max;
+          focal_log_sum[v] = of_voxel.focal_log_sum;
         }
       }
-      __syncwarp();
-      f(v, lane, own < n);
+      f(v, lane, own < n, of_voxel);
     }
     __syncthreads();
   }

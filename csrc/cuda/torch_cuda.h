@@ -16,17 +16,6 @@ inline void check_cuda(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(false, what, ": CUDA error: ", cudaGetErrorString(error));
 }
 
-// One tensor of a GPU among the arguments is enough for the dispatcher to come here.
-inline void check_is_here(const torch::stable::Tensor& tensor, const char* name) {
-#if !defined(DK_EMULATED)
-  STD_TORCH_CHECK(tensor.is_cuda(), name,
-                  ": got a tensor on the CPU beside others on a GPU; move "
-                  "all of them to one device with .to(device)");
-#else
-  (void)tensor, (void)name;
-#endif
-}
-
 // After the launch of `kernel`: what can be known without waiting for it.
 inline void check_launch(const char* kernel) {
   check_cuda(cudaGetLastError(), kernel);
@@ -34,16 +23,16 @@ inline void check_launch(const char* kernel) {
 
 #if defined(DK_EMULATED)
 
+// What the kernels' tensors are on.
+constexpr auto kDevice = torch::headeronly::kCPU;
+
 inline cudaStream_t current_stream(int32_t) {
   return nullptr;
 }
 
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int32_t) {}
-};
-
 #else
+
+constexpr auto kDevice = torch::headeronly::kCUDA;
 
 // The one function of libtorch_cuda that is needed. Torch loads its libraries RTLD_LOCAL, so that
 // neither linking nor a weak symbol finds it in every build of torch; by name it is always found,
@@ -62,6 +51,8 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+#endif
+
 // Makes `device` current for as long as it lives. It asks the runtime that this library is linked
 // with, since that one launches; torch's own notion of the device may be set lazily.
 class DeviceGuard {
@@ -73,7 +64,8 @@ class DeviceGuard {
     switched_ = true;
   }
   ~DeviceGuard() {
-    if (switched_) cudaSetDevice(previous_);
+    // A destructor cannot throw. An error that stays would be taken for one of the next launch.
+    if (switched_ && cudaSetDevice(previous_) != cudaSuccess) cudaGetLastError();
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
@@ -82,8 +74,6 @@ class DeviceGuard {
   int previous_ = 0;
   bool switched_ = false;
 };
-
-#endif
 
 }  // namespace cuda
 }  // namespace dicekernels

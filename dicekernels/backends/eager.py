@@ -275,6 +275,7 @@ def loss(
     region_lambda: Tensor | None,
     voxel_lambda: Tensor | None,
     spec: LossSpec,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The loss of a whole problem, differentiable in every tensor argument and to any order."""
     totals = sums(logits, target, mask, spec.sums).sum(1)
@@ -289,6 +290,7 @@ def loss(
         spec.sums.rows,
         spec.finish,
         empty,
+        dtype,
     )
 
 

@@ -1,4 +1,4 @@
-"""What the backends for GPUs ask of the machine: static facts, asked once."""
+"""What the backends for GPUs ask of the machine: static facts, asked once, and if a graph is captured."""
 
 from __future__ import annotations
 
@@ -26,13 +26,24 @@ def capabilities() -> tuple[Capability, ...]:
 capabilities._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo's own mark
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream is captured; nothing is asked of CUDA for tensors of other devices."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+# Compute capabilities of Tegra, last Xavier, Orin and Thor (11.0 since CUDA 13, 10.1 before). Their machine
+# code is that of no other GPU, theirs or not; PTX is. (CUDA programming guide, "Binary compatibility".)
+TEGRA = frozenset({(5, 3), (6, 2), (7, 2), (8, 7), (10, 1), (11, 0)})
+
+
 def runs_on(architectures: str, capability: Capability) -> bool:
     """Whether code for ``architectures`` runs on a GPU.
 
     Args:
         architectures: as CMake names them, "80-real,90a-real,120": machine code, and with no suffix PTX too.
-            Machine code runs on the same major capability from its minor one on, that with an "a" on its
-            own alone, and PTX on every newer GPU. (CUDA programming guide, "Compute capabilities".)
+            Machine code runs on the same major capability from its minor one on, that with an "a" and that
+            of a Tegra on its own alone, and PTX on every newer GPU. (CUDA programming guide, "Compute
+            capabilities".)
         capability: (major, minor).
     """
     for entry in architectures.split(","):
@@ -41,7 +52,8 @@ def runs_on(architectures: str, capability: Capability) -> bool:
         major, minor = divmod(int(number.rstrip("af")), 10)
         if (major, minor) == capability:
             return True
-        if not own and major == capability[0] and minor <= capability[1] and kind != "virtual":
+        compatible = not own and not TEGRA & {(major, minor), capability}
+        if compatible and major == capability[0] and minor <= capability[1] and kind != "virtual":
             return True
         if not own and kind != "real" and (major, minor) <= capability:
             return True

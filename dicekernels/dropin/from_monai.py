@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import modules
+from ..arguments import documented
 
 
 def _same(*names: str) -> dict[str, str]:
@@ -101,6 +102,7 @@ WRAPPERS = ("DeepSupervisionLoss", "MaskedLoss")
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
+@documented()
 def from_monai(loss: nn.Module) -> nn.Module:
     """The loss of this package that computes what a MONAI 1.6 loss computes as it is configured now.
 
@@ -110,7 +112,11 @@ def from_monai(loss: nn.Module) -> nn.Module:
     they wrap. A loss of this package is returned as it is.
 
     Args:
-        loss: an instance of one of the classes in ``PLANS``, from ``monai.losses``.
+        loss: an instance of one of the losses of ``monai.losses`` that have a counterpart here, or one of
+            this package.
+
+    Returns:
+        The loss of this package of the same name.
 
     Raises:
         TypeError: another class: one of MONAI's without a counterpart here (keep it), a subclass, a loss

@@ -9,9 +9,11 @@ One call makes one pass over the volume forward and one backward and keeps nothi
 the caller's own tensors. ``explain`` names what does not: an ``other_act``, maps, the two losses without
 kernels (:func:`generalized_wasserstein_dice_loss`, :func:`asymmetric_unified_focal_loss`).
 
+``help()`` of a function explains each of its arguments; those that several share: ``dicekernels.arguments``.
 Formulas: docs/semantics.md; they are MONAI 1.6.1's unless said otherwise.
 All functions raise AssertionError, TypeError or ValueError, as MONAI, for arguments that do not fit,
-and LabelRangeError for a label outside [0, C) that is not ``ignore_index`` (CPU).
+and LabelRangeError for a label outside [0, C) that is not ``ignore_index``. On a GPU that comes in a later
+call, and the loss is NaN with zero gradient (docs/backends.md, "Labels out of range on a GPU").
 """
 
 from __future__ import annotations

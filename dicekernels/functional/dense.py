@@ -53,12 +53,12 @@ def or_dense(oracle: Callable[..., Tensor], more: Reason | None = None) -> Calla
     def decorate(function: _F) -> _F:
         @functools.wraps(function)
         def loss(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
-            if not all(isinstance(tensor, Tensor) for tensor in (logits, target)):
+            if not all(isinstance(tensor, Tensor) and not tensor.is_nested for tensor in (logits, target)):
                 return function(logits, target, **options)  # the checks name it
-            reason, dtype = _dense_reason(logits, target, options), torch.float64
+            reason = _dense_reason(logits, target, options)
+            exact = bool(reason)
             if not reason and more is not None:
                 reason = more(logits, target, options)
-                dtype = torch.promote_types(logits.dtype, torch.float32)
             if not reason:
                 return function(logits, target, **options)
             record_dense(reason)
@@ -75,6 +75,7 @@ def or_dense(oracle: Callable[..., Tensor], more: Reason | None = None) -> Calla
             labels = bool(options.get("to_onehot_y")) and logits.shape[1] > 1
             if labels and values.device.type != "cpu":
                 values = in_range(values, logits.shape[1], options.get("ignore_index"))
+            dtype = torch.float64 if exact else torch.promote_types(logits.dtype, torch.float32)
             dense = oracle(plain(logits).to(dtype), values, **options).to(checked.dtype)
             if labels and values.device.type != "cpu":
                 dense = torch.where(checked.detach().isnan(), torch.nan, dense)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .. import checks, dispatch, reference
+from ..arguments import documented
 from ..autograd import total_sums
 from ..evaluate import Call
 from ..prepare import OtherAct, kernel_dtype, like_input, plain, prepare
@@ -18,6 +19,7 @@ from .dense import or_dense
 from .overlap import dice_loss
 
 
+@documented()
 def masked_dice_loss(
     logits: Tensor,
     target: Tensor,
@@ -30,7 +32,7 @@ def masked_dice_loss(
     other_act: OtherAct = None,
     squared_pred: bool = False,
     jaccard: bool = False,
-    reduction: str = "mean",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     smooth_nr: float = 1e-5,
     smooth_dr: float = 1e-5,
     batch: bool = False,
@@ -44,15 +46,18 @@ def masked_dice_loss(
     voxels out instead.
 
     Args:
-        mask: (B, 1, *S) or (1, 1, *S), of any dtype; None warns and masks nothing. What broadcasts over the
-            space is taken with a warning, as in MONAI.
+        mask: (B, 1, *S) or (1, 1, *S), of any real dtype and sign; None warns and masks nothing. What
+            broadcasts over the space is taken with a warning, as in MONAI.
 
     Returns:
-        As :func:`dice_loss`.
+        As :func:`dice_loss`; the dtype of the mask is promoted with.
 
     Raises:
-        ValueError: another batch size, or more than one channel of mask.
+        ValueError: another batch size, or more than one channel of mask; an option, as the arguments say.
         RuntimeError: a mask that does not broadcast to (B, 1, *S).
+        TypeError: what is no tensor, or no activation.
+        AssertionError: a target whose shape does not fit.
+        LabelRangeError: a label times mask outside [0, C) (on a GPU in a later call).
     """
     options: dict[str, Any] = {
         "include_background": include_background,
@@ -86,7 +91,9 @@ def _fitted(mask: Tensor, logits: Tensor, target: Tensor) -> Tensor:
         raise ValueError(f"Batch size of mask ({mask.shape}) must be one or equal to input ({logits.shape}).")
     if target.dim() > 1:
         if mask.shape[1] != 1:
-            raise ValueError(f"Mask ({mask.shape}) must have only one channel.")
+            raise ValueError(
+                f"Mask ({mask.shape}) must have only one channel. A map (B, *S) wants mask[:, None]."
+            )
         if logits.shape[2:] != mask.shape[2:]:
             shapes.append(f"Spatial size of input ({logits.shape}) is different from mask ({mask.shape}).")
     for message in shapes:
@@ -142,6 +149,7 @@ def _masked(
         softmax,
         other_act,
         None,
+        signed_mask=True,
     )
     if not labels:
         inputs.product_mask = True
@@ -158,7 +166,8 @@ def _masked(
     if labels:
         inputs.notes += ("the label map times the mask is made once and kept for backward",)
     call = overlap_call(inputs, overlap, finish)
-    call.class_weight = checks.class_weight(checks.as_weight(weight), inputs.classes)
+    weight = checks.as_weight(weight, device=logits.device)
+    call.class_weight = checks.class_weight(weight, inputs.classes, inputs.skipped)
     if labels and inputs.mask is not None:
         call.missed = _missed(call)
     if finish.reduction == Reduction.NONE:

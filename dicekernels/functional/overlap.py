@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from .. import checks, reference
+from ..arguments import documented
+from ..finish import VolumeWeight
 from ..prepare import OtherAct, like_input, prepare
 from ..spec import FinishSpec, Formula, Overlap, Reduction, Transform
 from ..terms import (
@@ -20,6 +24,7 @@ from ..terms import (
 from .dense import or_dense
 
 
+@documented()
 @or_dense(reference.dice_loss)
 def dice_loss(
     logits: Tensor,
@@ -32,7 +37,7 @@ def dice_loss(
     other_act: OtherAct = None,
     squared_pred: bool = False,
     jaccard: bool = False,
-    reduction: str = "mean",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     smooth_nr: float = 1e-5,
     smooth_dr: float = 1e-5,
     batch: bool = False,
@@ -42,13 +47,22 @@ def dice_loss(
     log_loss: bool = False,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Dice loss 1 - (2I + nr) / (P + G + dr) of each (sample, class), or of each class with ``batch``.
+    """Dice loss 1 - (2 I + nr) / (P + G + dr) of each (sample, class), or of each class with ``batch``.
 
-    Options as ``monai.losses.DiceLoss``; ``log_loss`` takes -log of the score instead (as
-    ``segmentation_models_pytorch``), ``mask`` weighs voxels.
+    As ``monai.losses.DiceLoss`` (Milletari et al., 2016), with ``log_loss`` and ``mask``; docs/semantics.md.
+
+    Args:
+        log_loss: True: -log(max(score, 1e-7)) in place of 1 - score, as ``segmentation_models_pytorch``.
 
     Returns:
-        () for reduction "mean" and "sum"; for "none" (B, K, 1, ..) or, with ``batch``, (K, 1, ..).
+        () for reduction "mean" and "sum"; for "none" (B, K, 1, ..) or, with ``batch``, (K, 1, ..), of K
+        classes. In the dtype that torch's promotion makes of logits and values; labels count as float32.
+
+    Raises:
+        TypeError, ValueError: as the arguments say; what is no tensor, on another device, or a mask of
+            another shape.
+        AssertionError: a target whose shape does not fit.
+        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (on a GPU in a later call).
     """
     inputs = prepare(
         logits,
@@ -64,12 +78,14 @@ def dice_loss(
     transform = Transform.LOG if log_loss else Transform.LINEAR
     finish = dice_finish(inputs, jaccard, smooth_nr, smooth_dr, batch, reduction, transform)
     call = overlap_call(inputs, overlap_of(squared_pred, soft_label), finish)
-    call.class_weight = checks.class_weight(checks.as_weight(weight), inputs.classes)
+    weight = checks.as_weight(weight, device=logits.device)
+    call.class_weight = checks.class_weight(weight, inputs.classes, inputs.skipped)
     if finish.reduction == Reduction.NONE:
         call.shape = (*terms_shape(inputs, batch), *ones_shape(inputs))
     return like_input(call.run(), logits, target)
 
 
+@documented()
 @or_dense(reference.generalized_dice_loss)
 def generalized_dice_loss(
     logits: Tensor,
@@ -80,8 +96,9 @@ def generalized_dice_loss(
     sigmoid: bool = False,
     softmax: bool = False,
     other_act: OtherAct = None,
-    w_type: str = "square",
-    reduction: str = "mean",
+    w_type: Literal["square", "simple", "uniform"] = "square",
+    w_func: VolumeWeight | None = None,
+    reduction: Literal["mean", "sum", "none"] = "mean",
     smooth_nr: float = 1e-5,
     smooth_dr: float = 1e-5,
     batch: bool = False,
@@ -91,11 +108,31 @@ def generalized_dice_loss(
 ) -> Tensor:
     """Generalized Dice loss 1 - (2 sum_c w_c I_c + nr) / (sum_c w_c (P_c + G_c) + dr), w_c = 1/G_c^2.
 
-    Options as ``monai.losses.GeneralizedDiceLoss``; ``ignore_index`` as in :func:`dice_loss`,
-    ``mask`` weighs voxels. A class without a voxel gets the largest finite weight of the sample.
+    As ``monai.losses.GeneralizedDiceLoss`` (Sudre et al., 2017), with ``ignore_index`` and ``mask``;
+    docs/semantics.md.
+
+    Args:
+        w_type: the weight of a class of volume G: "square" 1 / G^2, "simple" 1 / G, "uniform" 1; MONAI's
+            Weight is taken too. A class without a voxel gets the largest finite weight of the sample, with
+            ``batch`` of the batch; if no class has a voxel, all weights are 0. Else ValueError.
+        w_func: a function in place of ``w_type``, from volumes, float32 (B, K) or, with ``batch``, (K,), to
+            as many weights, else ValueError. An infinite one becomes the largest finite one. None:
+            ``w_type``.
+        reduction: "mean" or "sum" of the losses of the samples (of the one of the batch with ``batch``);
+            "none": these losses. MONAI's LossReduction is taken too. Else ValueError.
+        batch: True: sums run over the batch as well, and there is one loss. False: one for each sample.
+        smooth_nr: nr, added to the numerator of each loss.
+        smooth_dr: dr, added to the denominator of each loss, which is 1 - nr / dr where no class has a voxel.
 
     Returns:
-        () for reduction "mean" and "sum"; for "none" (B, 1, 1, ..) or, with ``batch``, (1, 1, ..).
+        () for reduction "mean" and "sum"; for "none" (B, 1, 1, ..) or, with ``batch``, (1, 1, ..). float32,
+        or float64 if the logits or the values are.
+
+    Raises:
+        TypeError, ValueError: as the arguments say; what is no tensor, on another device, or a mask of
+            another shape.
+        AssertionError: a target whose shape does not fit.
+        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (on a GPU in a later call).
     """
     inputs = prepare(
         logits,
@@ -111,11 +148,13 @@ def generalized_dice_loss(
     finish = generalized_finish(inputs, w_type, smooth_nr, smooth_dr, batch, reduction)
     call = overlap_call(inputs, overlap_of(False, soft_label), finish)
     call.dtype = torch.promote_types(call.dtype, torch.float32)  # MONAI's weights are float32
+    call.volume_weight = w_func
     if finish.reduction == Reduction.NONE:
         call.shape = (1, *ones_shape(inputs)) if batch else (logits.shape[0], 1, *ones_shape(inputs))
     return like_input(call.run(), logits, target)
 
 
+@documented()
 @or_dense(reference.tversky_loss)
 def tversky_loss(
     logits: Tensor,
@@ -128,7 +167,7 @@ def tversky_loss(
     other_act: OtherAct = None,
     alpha: float = 0.5,
     beta: float = 0.5,
-    reduction: str = "mean",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     smooth_nr: float = 1e-5,
     smooth_dr: float = 1e-5,
     batch: bool = False,
@@ -139,11 +178,23 @@ def tversky_loss(
 ) -> Tensor:
     """Tversky loss 1 - (I + nr) / (I + alpha FP + beta FN + dr) of each (sample, class).
 
-    Options as ``monai.losses.TverskyLoss``. ``gamma`` is the exponent of the focal Tversky loss,
-    max(1 - score, 0)**gamma of each term before the reduction; ``mask`` weighs voxels.
+    As ``monai.losses.TverskyLoss`` (Salehi et al., 2017), with ``gamma`` and ``mask``; docs/semantics.md.
+
+    Args:
+        alpha: weight of the false positives, a number (TypeError for a tensor that requires a gradient).
+        beta: weight of the false negatives, a number, as ``alpha``.
+        gamma: exponent of the focal Tversky loss, max(1 - score, 0)**gamma of each term before the reduction;
+            above 0, else ValueError. 1 is the plain Tversky loss.
 
     Returns:
-        () for reduction "mean" and "sum"; for "none" (B, K) or, with ``batch``, (K,).
+        () for reduction "mean" and "sum"; for "none" (B, K) or, with ``batch``, (K,), of K classes. In the
+        dtype that torch's promotion makes of logits and values; labels count as float32.
+
+    Raises:
+        TypeError, ValueError: as the arguments say; what is no tensor, on another device, or a mask of
+            another shape.
+        AssertionError: a target whose shape does not fit.
+        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (on a GPU in a later call).
     """
     inputs = prepare(
         logits,
@@ -177,6 +228,7 @@ def tversky_loss(
     return like_input(call.run(), logits, target)
 
 
+@documented()
 @or_dense(reference.mcc_loss)
 def mcc_loss(
     logits: Tensor,
@@ -187,7 +239,7 @@ def mcc_loss(
     sigmoid: bool = False,
     softmax: bool = False,
     other_act: OtherAct = None,
-    reduction: str = "mean",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     smooth_nr: float = 0.0,
     smooth_dr: float = 1e-5,
     batch: bool = False,
@@ -197,10 +249,20 @@ def mcc_loss(
     """1 - Matthews' correlation coefficient of each (sample, class) (Abhishek and Hamarneh, 2021).
 
     (tp tn - fp fn + nr) / sqrt((tp + fp)(tp + fn)(tn + fp)(tn + fn) + dr); the loss is 0 where fp = fn = 0.
-    Options as ``monai.losses.MCCLoss``; ``ignore_index`` as in :func:`dice_loss`, ``mask`` weighs voxels.
+    As ``monai.losses.MCCLoss``, with ``ignore_index`` and ``mask``; docs/semantics.md.
+
+    Args:
+        smooth_dr: dr, added below the root of each term's denominator.
 
     Returns:
-        () for reduction "mean" and "sum"; for "none" (B, K) or, with ``batch``, (K,).
+        () for reduction "mean" and "sum"; for "none" (B, K) or, with ``batch``, (K,), of K classes. In the
+        dtype that torch's promotion makes of logits and values; labels and integers count as float32.
+
+    Raises:
+        TypeError, ValueError: as the arguments say; what is no tensor, on another device, or a mask of
+            another shape.
+        AssertionError: a target whose shape does not fit.
+        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (on a GPU in a later call).
     """
     inputs = prepare(
         logits,

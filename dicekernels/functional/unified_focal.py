@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, hints
+from ..arguments import documented
 from ..backends import eager
+from ..kinds import traced
 from ..prepare import kernel_dtype, like_input, plain
-from ..streamed import check_labels, label_spec, record_streamed, streamed_sums, traced, voxel_sums
+from ..streamed import check_labels, label_spec, record_streamed, streamed_sums, voxel_sums
+
+NAMES = ("y_pred", "y_true")
 
 
 class Half(NamedTuple):
@@ -36,6 +40,7 @@ class _Problem(NamedTuple):
     tversky: Half
 
 
+@documented()
 def asymmetric_unified_focal_loss(
     y_pred: Tensor,
     y_true: Tensor,
@@ -45,32 +50,44 @@ def asymmetric_unified_focal_loss(
     weight: float = 0.5,
     gamma: float = 0.5,
     delta: float = 0.7,
-    reduction: str = "mean",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     ignore_index: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """weight * asymmetric focal + (1 - weight) * asymmetric focal Tversky, for two classes.
 
-    As ``monai.losses.AsymmetricUnifiedFocalLoss``; formulas: Yeung et al. 2022, arXiv:2102.04525,
-    docs/semantics.md. ``y_pred`` holds PROBABILITIES, no activation is taken.
+    As ``monai.losses.AsymmetricUnifiedFocalLoss``, with ``mask``; formulas: Yeung et al. 2022,
+    arXiv:2102.04525, docs/semantics.md. ``y_pred`` holds PROBABILITIES, no activation is taken.
 
     Args:
-        y_pred: (B, 1, *S) of the foreground or (B, C, *S), with two or three spatial dimensions; of more
-            channels than two, only the first two count. Half precision is computed in float32.
-        y_true: values of the shape of ``y_pred``, or labels (B, 1, *S) or (B, *S) with ``to_onehot_y``
-            (of a single channel it is ignored, with a warning).
-        num_classes: channels of the one-hot labels; values above ``num_classes`` - 1 are refused (CPU,
-            not when compiled, only without ``ignore_index``).
-        reduction: "mean", "sum" or "none": a scalar for each of them, as MONAI.
+        y_pred: (B, 1, *S) of the foreground or (B, C, *S), with two or three spatial dimensions, else
+            ValueError; of more channels than two, only the first two count. Half precision is computed in
+            float32.
+        y_true: values of the shape of ``y_pred``, or labels (B, 1, *S) or (B, *S) with ``to_onehot_y``.
+        to_onehot_y: True: ``y_true`` holds labels and is read as one-hot. Ignored, with a warning, for one
+            channel.
+        num_classes: channels of the one-hot labels, those of ``y_pred``; values above ``num_classes`` - 1 are
+            a ValueError (CPU, not when compiled, only without ``ignore_index``).
+        weight: share of the focal half, a number; the Tversky half has the rest.
+        gamma: exponent of both halves: (1 - p)^gamma of the background in the focal half, (1 - D)^(1 - gamma)
+            of the foreground in the Tversky half.
+        delta: weight of the foreground in the focal half, and of the false negatives in the Tversky half,
+            where the false positives have 1 - delta.
+        reduction: "mean", "sum" or "none": a scalar for each of them, as MONAI. Else ValueError.
         ignore_index: label or class whose voxels get p = g = 0. As in MONAI they still count as voxels
-            in the denominators, and as a false positive of 1e-7.
-        mask: voxel weights (B, 1, *S), in which every sum is linear, the count of voxels too.
+            in the denominators, and as a false positive of 1e-7. None: every voxel counts.
+        mask: voxel weights (B, 1, *S) or (1, 1, *S), at least 0, in which every sum is linear, the count of
+            voxels too. None: each voxel counts once.
+
+    Returns:
+        (), in the dtype that torch's promotion makes of ``y_pred`` and ``y_true``; labels count as float32.
 
     Raises:
-        ValueError: not 4 or 5 dimensions, shapes or labels that do not fit, an unknown reduction.
+        ValueError: not 4 or 5 dimensions, shapes or values that do not fit, an unknown reduction.
+        TypeError: what is no tensor; a number that requires a gradient.
         AssertionError: labels with more than one channel.
-        LabelRangeError: a label outside [0, num_classes) with ``to_onehot_y`` (CPU; elsewhere and when
-            compiled the loss is NaN with zero gradient).
+        LabelRangeError: a label outside [0, num_classes) with ``to_onehot_y`` (on a GPU in a later call;
+            there and when compiled the loss is NaN with zero gradient).
     """
     half = Half(checks.constant("gamma", gamma), checks.constant("delta", delta))
     return two_halves_loss(
@@ -104,9 +121,11 @@ def two_halves_loss(
     checks.option("reduction", reduction, ("mean", "sum", "none"))
     weight = checks.constant("weight", weight)
     ignore_index = checks.index(ignore_index)
-    checks.tensors(y_pred, y_true, mask)
+    checks.tensors(y_pred, y_true, mask, NAMES)
     if y_pred.ndim not in (4, 5):
-        raise ValueError(f"input shape must be 4 or 5, but got {y_pred.shape}")
+        raise ValueError(
+            f"input shape must be 4 or 5, but got {y_pred.shape}: y_pred is (B, C, *S), S of 2 or 3 sizes"
+        )
     one_hot = to_onehot_y and y_pred.shape[1] != 1
     if y_pred.shape[1] == 1 and not traced():
         if to_onehot_y:
@@ -118,8 +137,8 @@ def two_halves_loss(
                 stacklevel=3,
             )
     p, g = plain(y_pred), _target(plain(y_pred), kernel_dtype(plain(y_true)), one_hot, num_classes)
-    checks.mask_shape(mask, p)
     m = None if mask is None else kernel_dtype(plain(mask))
+    checks.voxel_weights(m, p)
     if ignore_index is None and not one_hot:
         _check_values(g, num_classes, y_pred.shape[1] == 1)
     dtype = _loss_dtype(p, g, one_hot, ignore_index)
@@ -139,21 +158,18 @@ def two_halves_loss(
 
 def _target(p: Tensor, g: Tensor, one_hot: bool, num_classes: int) -> Tensor:
     """Labels (B, 1, *S), or values of the shape of p."""
-    different = f"ground truth has different shape ({g.shape}) from input ({p.shape})"
     if not one_hot:
         if g.shape != p.shape:
-            hint = "; pass to_onehot_y=True for a label map" if g.ndim == p.ndim and g.shape[1] == 1 else ""
-            raise ValueError(different + hint)
+            raise ValueError(hints.of_different_shapes(p, g, False, NAMES))
         return g
     if g.shape == (p.shape[0], *p.shape[2:]):
         g = g[:, None]
     if g.ndim < 2 or g.shape[1] != 1:
         raise AssertionError(
-            f"labels should have a channel with length equal to one. y_true: got shape {tuple(g.shape)}, "
-            f"expected {(p.shape[0], 1, *p.shape[2:])}; a one-hot target goes with to_onehot_y=False"
+            "labels should have a channel with length equal to one. " + hints.of_target(p, g, True, NAMES)
         )
     if g.shape != (p.shape[0], 1, *p.shape[2:]):
-        raise ValueError(different)
+        raise ValueError(hints.of_different_shapes(p, g, True, NAMES))
     if num_classes != p.shape[1]:
         raise ValueError(
             f"ground truth has different shape: one-hot of num_classes={num_classes}, "

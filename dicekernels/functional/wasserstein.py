@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, hints
+from ..arguments import documented
 from ..backends import eager
+from ..kinds import as_tensor
 from ..prepare import kernel_dtype, like_input, plain
 from ..streamed import check_labels, label_spec, record_streamed, streamed_sums, sums_by_label
 
 MODES = ("default", "GDL")
 
 
+@documented()
 def generalized_wasserstein_dice_loss(
     logits: Tensor,
     target: Tensor,
     dist_matrix: Any,
     *,
-    weighting_mode: str = "default",
-    reduction: str = "mean",
+    weighting_mode: Literal["default", "GDL"] = "default",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     smooth_nr: float = 1e-5,
     smooth_dr: float = 1e-5,
     ignore_index: int | None = None,
@@ -31,26 +34,35 @@ def generalized_wasserstein_dice_loss(
 ) -> Tensor:
     """1 - (2 TP + nr) / (2 TP + E + dr) per sample, of the distance W_v = sum_c M[t_v, c] p_vc.
 
-    As ``monai.losses.GeneralizedWassersteinDiceLoss``; formulas: Fidon et al. 2017 ("default") and
-    Tilborghs et al. 2020, appendix ("GDL"), docs/semantics.md.
+    As ``monai.losses.GeneralizedWassersteinDiceLoss``, with ``ignore_index`` and ``mask``; formulas: Fidon et
+    al. 2017 ("default") and Tilborghs et al. 2020, appendix ("GDL"), docs/semantics.md.
 
     Args:
-        logits: (B, C, *S), also without spatial dimensions; a softmax is always taken.
+        logits: (B, C, *S) floating, also without spatial dimensions; a softmax is always taken.
         target: B x V labels in any shape that begins with B, of any dtype (fractions are truncated).
         dist_matrix: (C, C) array, tensor or nested list of the distance of each label (row) to each
             class (column). It is divided by its largest entry. May require a gradient.
-        ignore_index: label whose voxels count nowhere.
-        mask: voxel weights (B, 1, *S); volumes, TP and E are linear in them.
+        weighting_mode: "default": every class but the first counts alike in TP; "GDL": a class counts
+            1 / (volume + 1), in E too. Else ValueError.
+        reduction: "mean" or "sum" of the losses of the samples; "none": these losses. MONAI's LossReduction
+            is taken too. Else ValueError.
+        smooth_nr: nr, added to the numerator of each sample's loss.
+        smooth_dr: dr, added to its denominator.
+        ignore_index: label whose voxels count nowhere. TypeError for what is no whole number. None: every
+            voxel counts.
+        mask: voxel weights (B, 1, *S) or (1, 1, *S), at least 0; volumes, TP and E are linear in them. None:
+            each voxel counts once.
 
     Returns:
         (B,) for reduction "none", else (). float64 if the logits or the matrix are, else float32.
 
     Raises:
         ValueError: the matrix is not square, an unknown option, a mask of another shape.
+        TypeError: what is no tensor.
         RuntimeError: C is not the matrix's, or the target has another number of voxels (torch's type).
         NotImplementedError: logits of integers (torch's type).
-        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (CPU; elsewhere and when
-            compiled the loss is NaN with zero gradient).
+        LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (on a GPU in a later call; there
+            and when compiled the loss is NaN with zero gradient).
     """
     return normalised_wasserstein_dice_loss(
         logits,
@@ -74,8 +86,9 @@ def normalised(dist_matrix: Any) -> Tensor:
     matrix = dist_matrix
     if isinstance(matrix, np.ndarray):
         matrix = torch.from_numpy(matrix)
-    elif not isinstance(matrix, Tensor):
-        matrix = torch.as_tensor(matrix)
+    else:
+        expected = "a C x C matrix as nested lists, an array or a tensor"
+        matrix = as_tensor("dist_matrix", matrix, expected, "cpu")
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         shape = " x ".join(map(str, matrix.shape)) or "a number"
         raise ValueError(f"dist_matrix must be C x C, got {shape}.")
@@ -100,9 +113,9 @@ def normalised_wasserstein_dice_loss(
     smooth_nr, smooth_dr = checks.constant("smooth_nr", smooth_nr), checks.constant("smooth_dr", smooth_dr)
     ignore_index = checks.index(ignore_index)
     checks.tensors(logits, target, mask)
-    checks.mask_shape(mask, logits)
     z, labels = plain(logits), _labels(logits, target, matrix)
     weights = None if mask is None else kernel_dtype(plain(mask))
+    checks.voxel_weights(weights, z)
     classes = matrix.shape[0]
     dtype = torch.promote_types(torch.promote_types(z.dtype, matrix.dtype), torch.float32)
     record_streamed("generalized_wasserstein_dice_loss", z, (weights,), (matrix,))
@@ -128,21 +141,20 @@ def normalised_wasserstein_dice_loss(
 def _labels(logits: Tensor, target: Tensor, matrix: Tensor) -> Tensor:
     """(B, 1, *S), after the checks of type and shape."""
     if not logits.is_floating_point():
-        raise NotImplementedError(
-            f"logits: got {logits.dtype}, expected a floating dtype; use logits.float()"
-        )
+        raise NotImplementedError(hints.of_integer_logits(logits, target))
     shape, classes = tuple(logits.shape), matrix.shape[0]
     if shape[1] != classes:
         raise RuntimeError(
             f"logits: got {shape[1]} channels (shape {shape}), expected {classes} as dist_matrix has classes"
+            + hints.target_remedy(list(shape), list(target.shape), True, hints.swapped(logits, target))
         )
     samples, space = shape[0], shape[2:]
     voxels = logits.shape[2:].numel()
     if target.ndim == 0 or target.shape[0] != samples or target.numel() != samples * voxels:
-        raise RuntimeError(
-            f"target: got shape {tuple(target.shape)}, expected labels {(samples, 1, *space)} or "
-            f"{(samples, *space)} for logits {shape}; a one-hot target wants target.argmax(1)"
-        )
+        text = hints.of_target(logits, target, True)
+        if target.shape == logits.shape:
+            text = text.partition(";")[0] + "; a one-hot target wants target.argmax(1)"
+        raise RuntimeError(text)
     return kernel_dtype(plain(target)).detach().reshape(samples, 1, *space)
 
 

@@ -2,7 +2,8 @@
 
 Every argument after MONAI's last is an extra of ours, by keyword only. ``forward(input, target)`` is
 MONAI's; its ``mask`` (B, 1, *S) of voxel weights is ours. Attributes may be changed at any time, the
-next call follows them. Formulas and options: ``dicekernels.functional`` and docs/semantics.md.
+next call follows them. ``help()`` of a loss and of its ``forward`` explains each argument; those that several
+share stand in ``dicekernels.arguments``. Formulas: ``dicekernels.functional`` and docs/semantics.md.
 """
 
 from .compound import DiceCELoss

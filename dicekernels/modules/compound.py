@@ -5,34 +5,60 @@ Conventions: ``dicekernels.modules``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from .. import checks, functional
-from ..evaluate import record_line
-from .halves import TwoHalves
+from ..arguments import documented
+from ..evaluate import record_step
+from ..overrides import overridden, remember
+from .halves import TwoHalves, bent
 from .overlap import DiceLoss
 
+for _half in (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss):
+    remember("forward")(_half)
 
+
+@documented(functional.dice_ce_loss)
+@remember("forward", "ce", "bce")
 class DiceCELoss(TwoHalves):
-    """``monai.losses.DiceCELoss`` from one pass over the logits.
+    """Dice loss + cross entropy from one pass over the logits: ``monai.losses.DiceCELoss``.
 
-    The options of its halves live where MONAI has them, in ``dice``, ``cross_entropy`` and
-    ``binary_cross_entropy``; state_dict keys follow. What the one pass cannot express (another module
-    in their place, hooks on them, an overridden ``ce``, reductions that differ, an ``ignore_index`` of one
-    half) makes it the sum of the two halves, as in MONAI; ``explain`` says so.
+    Formula: :func:`dicekernels.functional.dice_ce_loss`. The options of the halves live where MONAI has them,
+    in ``dice``, ``cross_entropy`` and ``binary_cross_entropy``; state_dict keys follow. What the one pass
+    cannot express (another module in their place, hooks on them, an overridden ``ce``, ``bce`` or ``forward``
+    of a half, reductions that differ, an ``ignore_index`` of one half) makes it the sum of the two halves, as
+    in MONAI; ``explain`` says so.
 
-    ``lambda_dice`` and ``lambda_ce`` may change every step: numbers live in 0-dim buffers, so that a
-    warm-up recompiles nothing, and tensors that require a gradient get it. Extras: ``ignore_index``,
-    ``soft_label``, ``ce_include_background`` (``functional.dice_ce_loss``), ``weight`` as a sequence.
+    Args:
+        lambda_dice: factor of the Dice term: a number of at least 0, else ValueError, a tensor of one value
+            or a Parameter, which get their gradient from PyTorch. A plain attribute, no buffer: setting it or
+            changing its value every step recompiles nothing, and a CUDA graph reads a tensor of its device
+            anew at each replay.
+        lambda_ce: factor of the cross entropy, as ``lambda_dice``.
 
     Raises:
-        TypeError, ValueError: as MONAI, for options that do not fit together.
+        TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
-    FACTORS: ClassVar[dict[str, str]] = {"lambda_dice": "_lambda_dice", "lambda_ce": "_lambda_ce"}
+    FACTORS: ClassVar[tuple[str, ...]] = ("lambda_dice", "lambda_ce")
+    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "reduction": ("dice.reduction", "cross_entropy.reduction", "binary_cross_entropy.reduction"),
+        "weight": ("cross_entropy.weight", "binary_cross_entropy.pos_weight", "dice.class_weight"),
+        "ignore_index": ("ignore_index", "dice.ignore_index"),
+    }
+    BESIDE: ClassVar[Mapping[str, Any]] = {
+        "dice.log_loss": False,
+        "cross_entropy.ignore_index": -100,
+        "binary_cross_entropy.weight": None,
+    }
+    PARTS: ClassVar[Mapping[str, type[nn.Module]]] = {
+        "dice": DiceLoss,
+        "cross_entropy": nn.CrossEntropyLoss,
+        "binary_cross_entropy": nn.BCEWithLogitsLoss,
+    }
     lambda_dice: float | Tensor
     lambda_ce: float | Tensor
 
@@ -45,7 +71,7 @@ class DiceCELoss(TwoHalves):
         other_act: Callable[[Tensor], Tensor] | None = None,
         squared_pred: bool = False,
         jaccard: bool = False,
-        reduction: str = "mean",
+        reduction: Literal["mean", "sum"] = "mean",
         smooth_nr: float = 1e-5,
         smooth_dr: float = 1e-5,
         batch: bool = False,
@@ -105,16 +131,19 @@ class DiceCELoss(TwoHalves):
         loss: Tensor = self.binary_cross_entropy(input, target)
         return loss
 
-    def _apart_reason(self, binary: bool) -> str:
-        """Why the halves cannot share one pass, or ""."""
-        halves = (self.dice, self.cross_entropy, self.binary_cross_entropy)
-        ours = (DiceLoss, nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)
-        if any(type(half) is not kind for half, kind in zip(halves, ours, strict=True)):
-            return "a half is another module"
-        if type(self).ce is not DiceCELoss.ce or type(self).bce is not DiceCELoss.bce:
-            return "ce or bce is overridden"
-        if checks.hooked(*halves):
-            return "a half has hooks"
+    def apart_reason(self, binary: bool) -> str:
+        halves = (
+            (self.dice, DiceLoss),
+            (self.cross_entropy, nn.CrossEntropyLoss),
+            (self.binary_cross_entropy, nn.BCEWithLogitsLoss),
+        )
+        for half, kind in halves:
+            reason = bent(half, kind)
+            if reason:
+                return reason
+        for name in overridden(self, DiceCELoss):
+            if name != "forward":
+                return f"{name} is overridden"
         voxel: nn.CrossEntropyLoss | nn.BCEWithLogitsLoss = (
             self.binary_cross_entropy if binary else self.cross_entropy
         )
@@ -130,8 +159,8 @@ class DiceCELoss(TwoHalves):
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.dice_ce_loss`` with the options of this module."""
-        binary = isinstance(input, Tensor) and input.ndim > 1 and input.shape[1] == 1
-        reason = self._apart_reason(binary)
+        binary = checks.single_channel(input)
+        reason = self.apart_reason(binary)
         if reason:
             return self._apart(input, target, mask, binary, reason)
         dice = self.dice
@@ -145,7 +174,7 @@ class DiceCELoss(TwoHalves):
             other_act=dice.other_act,
             squared_pred=dice.squared_pred,
             jaccard=dice.jaccard,
-            reduction=dice.reduction,
+            reduction=checks.option("reduction", dice.reduction, ("mean", "sum")),
             smooth_nr=dice.smooth_nr,
             smooth_dr=dice.smooth_dr,
             batch=dice.batch,
@@ -168,7 +197,7 @@ class DiceCELoss(TwoHalves):
             )
         checks.tensors(input, target, mask)
         checks.dice_ce_shapes(input, target)
-        record_line(f"two passes, the cross entropy in PyTorch: {reason}")
+        record_step(f"two passes, the cross entropy in PyTorch: {reason}", "eager", reason, whole=True)
         voxel = self.bce(input, target) if binary else self.ce(input, target)
         total: Tensor = self.lambda_dice * self.dice(input, target) + self.lambda_ce * voxel
         return total

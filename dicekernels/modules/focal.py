@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.loss import _Loss
 
 from .. import checks, functional
-from ..evaluate import record_line
+from ..arguments import documented
+from ..evaluate import record_step
 from ..functional.focal import Alpha
+from ..overrides import remember
 from ..prepare import dense_labels
 from ..scripting import scriptable
-from .halves import TwoHalves
+from .base import Loss
+from .halves import TwoHalves, bent
 from .overlap import DiceLoss, GeneralizedDiceLoss
 
 
-class FocalLoss(_Loss):
-    """``monai.losses.FocalLoss``; float32 for every dtype of the logits, as there.
+@documented(functional.focal_loss)
+@remember("forward")
+class FocalLoss(Loss):
+    """Focal loss of each voxel and class, in float32 for every dtype: ``monai.losses.FocalLoss``.
 
-    state_dict: ``class_weight`` if a weight is given.
+    Formula and source: :func:`dicekernels.functional.focal_loss`. state_dict: ``class_weight`` if a weight is
+    given.
 
     Raises:
-        ValueError: as MONAI, for options or data that do not fit together.
+        TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
+
+    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": ("class_weight",)}
 
     def __init__(
         self,
@@ -34,9 +40,12 @@ class FocalLoss(_Loss):
         gamma: float = 2.0,
         alpha: Alpha = None,
         weight: checks.Weight = None,
-        reduction: str = "mean",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         use_softmax: bool = False,
         ignore_index: int | None = None,
+        *,
+        mean_over_classes: bool = False,
+        softmax_over_all: bool = False,
     ) -> None:
         super().__init__(reduction=checks.option("reduction", reduction, ("mean", "sum", "none")))
         self.include_background = include_background
@@ -46,10 +55,12 @@ class FocalLoss(_Loss):
         self.use_softmax = use_softmax
         self.alpha: float | Tensor | None = None
         if alpha is not None:
-            self.alpha = float(alpha) if isinstance(alpha, (float, int)) else torch.as_tensor(alpha)
+            self.alpha = float(alpha) if isinstance(alpha, (float, int)) else checks.as_alpha(alpha)
         self.register_buffer("class_weight", checks.as_weight(weight))
         self.class_weight: Tensor | None  # not in the class: TorchScript would read it there
         self.ignore_index = ignore_index
+        self.mean_over_classes = mean_over_classes
+        self.softmax_over_all = softmax_over_all
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles in place of this module."""
@@ -68,16 +79,17 @@ class FocalLoss(_Loss):
             reduction=self.reduction,
             use_softmax=self.use_softmax,
             ignore_index=self.ignore_index,
+            mean_over_classes=self.mean_over_classes,
+            softmax_over_all=self.softmax_over_all,
             mask=mask,
         )
 
 
-def _apart_reason(overlap: DiceLoss | GeneralizedDiceLoss, kind: type, focal: FocalLoss) -> str:
+def _apart_reason(overlap: DiceLoss | GeneralizedDiceLoss, kind: type[nn.Module], focal: FocalLoss) -> str:
     """Why the halves cannot share one pass, or ""."""
-    if type(overlap) is not kind or type(focal) is not FocalLoss:
-        return "a half is another module"
-    if checks.hooked(overlap, focal):
-        return "a half has hooks"
+    reason = bent(overlap, kind) or bent(focal, FocalLoss)
+    if reason:
+        return reason
     if overlap.reduction != focal.reduction:
         return "the reductions of the halves differ"
     for name in ("include_background", "to_onehot_y", "ignore_index"):
@@ -88,20 +100,39 @@ def _apart_reason(overlap: DiceLoss | GeneralizedDiceLoss, kind: type, focal: Fo
     return ""
 
 
+@documented(functional.dice_focal_loss)
+@remember("forward")
 class DiceFocalLoss(TwoHalves):
-    """``monai.losses.DiceFocalLoss`` from one pass over the logits.
+    """Dice loss + focal loss from one pass over the logits: ``monai.losses.DiceFocalLoss``.
 
-    The focal half is MONAI's, of sigmoids, whatever activation the Dice half has; ``use_softmax`` makes it
-    that of a softmax (MONAI#8242). The options live in ``dice`` and ``focal``, state_dict keys follow.
-    Halves that were replaced, hooked or reconfigured apart run one after the other; ``explain`` says so.
-    ``lambda_dice`` and ``lambda_focal`` may change every step, as in ``DiceCELoss``. Extras:
-    ``use_softmax``, ``soft_label``, ``ignore_index``.
+    Formula: :func:`dicekernels.functional.dice_focal_loss`. The options live in ``dice`` and ``focal``,
+    state_dict keys follow; ``focal`` has ``mean_over_classes`` and ``softmax_over_all`` on. Halves that were
+    replaced, hooked, overridden or reconfigured apart run one after the other; ``explain`` says so.
+
+    Args:
+        lambda_dice: factor of the Dice term: a number of at least 0, else ValueError, a tensor of one value
+            or a Parameter, which get their gradient from PyTorch. A plain attribute, no buffer: setting it or
+            changing its value every step recompiles nothing, and a CUDA graph reads a tensor of its device
+            anew at each replay.
 
     Raises:
-        TypeError, ValueError: as MONAI, for options that do not fit together.
+        TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
-    FACTORS: ClassVar[dict[str, str]] = {"lambda_dice": "_lambda_dice", "lambda_focal": "_lambda_focal"}
+    FACTORS: ClassVar[tuple[str, ...]] = ("lambda_dice", "lambda_focal")
+    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "to_onehot_y": ("to_onehot_y",),
+        "reduction": ("dice.reduction", "focal.reduction"),
+        "weight": ("focal.class_weight", "dice.class_weight"),
+    }
+    BESIDE: ClassVar[Mapping[str, Any]] = {
+        "dice.to_onehot_y": False,
+        "dice.log_loss": False,
+        "focal.to_onehot_y": False,
+        "focal.mean_over_classes": True,
+        "focal.softmax_over_all": True,
+    }
+    PARTS: ClassVar[Mapping[str, type[nn.Module]]] = {"dice": DiceLoss, "focal": FocalLoss}
     lambda_dice: float | Tensor
     lambda_focal: float | Tensor
 
@@ -114,7 +145,7 @@ class DiceFocalLoss(TwoHalves):
         other_act: Callable[[Tensor], Tensor] | None = None,
         squared_pred: bool = False,
         jaccard: bool = False,
-        reduction: str = "mean",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         smooth_nr: float = 1e-5,
         smooth_dr: float = 1e-5,
         batch: bool = False,
@@ -152,21 +183,25 @@ class DiceFocalLoss(TwoHalves):
             reduction=reduction,
             use_softmax=use_softmax,
             ignore_index=ignore_index,
+            mean_over_classes=True,
+            softmax_over_all=True,
         )
         self.lambda_dice = lambda_dice
         self.lambda_focal = lambda_focal
         self.to_onehot_y = to_onehot_y
 
+    def apart_reason(self, binary: bool) -> str:
+        reason = _apart_reason(self.dice, DiceLoss, self.focal)
+        return reason or ("a half has an option of its own" if self.dice.to_onehot_y else "")
+
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.dice_focal_loss`` with the options of this module."""
         dice, focal = self.dice, self.focal
-        reason = _apart_reason(dice, DiceLoss, focal)
-        if not reason and dice.to_onehot_y:
-            reason = "a half has an option of its own"
+        reason = self.apart_reason(False)
         if reason:
             checks.tensors(input, target, mask)
             checks.dice_ce_shapes(input, target)
-            record_line(f"two passes: {reason}")
+            record_step(f"two passes: {reason}", reason=reason)
             if self.to_onehot_y:
                 target = dense_labels(target, input, dice.ignore_index)
             more = {} if mask is None else {"mask": mask}
@@ -196,21 +231,40 @@ class DiceFocalLoss(TwoHalves):
             use_softmax=focal.use_softmax,
             soft_label=dice.soft_label,
             ignore_index=dice.ignore_index,
+            mean_over_classes=focal.mean_over_classes,
+            softmax_over_all=focal.softmax_over_all,
             mask=mask,
         )
 
 
+@documented(functional.generalized_dice_focal_loss)
+@remember("forward")
 class GeneralizedDiceFocalLoss(TwoHalves):
-    """``monai.losses.GeneralizedDiceFocalLoss`` from one pass over the logits.
+    """Generalized Dice loss + focal loss from one pass: ``monai.losses.GeneralizedDiceFocalLoss``.
 
-    As ``DiceFocalLoss``, with the halves ``generalized_dice`` and ``focal``; ``weight`` is that of the focal
-    half alone. Extras: ``alpha``, ``use_softmax``, ``soft_label``, ``ignore_index``.
+    Formula: :func:`dicekernels.functional.generalized_dice_focal_loss`. As ``DiceFocalLoss``, with the halves
+    ``generalized_dice`` and ``focal``.
+
+    Args:
+        lambda_gdl: factor of the generalized Dice term: a number of at least 0, else ValueError, a tensor of
+            one value or a Parameter, which get their gradient from PyTorch. A plain attribute, no buffer:
+            setting it or changing its value every step recompiles nothing, and a CUDA graph reads a tensor of
+            its device anew at each replay.
 
     Raises:
-        TypeError, ValueError: as MONAI, for options that do not fit together.
+        TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
-    FACTORS: ClassVar[dict[str, str]] = {"lambda_gdl": "_lambda_gdl", "lambda_focal": "_lambda_focal"}
+    FACTORS: ClassVar[tuple[str, ...]] = ("lambda_gdl", "lambda_focal")
+    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "reduction": ("generalized_dice.reduction", "focal.reduction"),
+        "weight": ("focal.class_weight",),
+    }
+    BESIDE: ClassVar[Mapping[str, Any]] = {"focal.mean_over_classes": True, "focal.softmax_over_all": True}
+    PARTS: ClassVar[Mapping[str, type[nn.Module]]] = {
+        "generalized_dice": GeneralizedDiceLoss,
+        "focal": FocalLoss,
+    }
     lambda_gdl: float | Tensor
     lambda_focal: float | Tensor
 
@@ -221,8 +275,8 @@ class GeneralizedDiceFocalLoss(TwoHalves):
         sigmoid: bool = False,
         softmax: bool = False,
         other_act: Callable[[Tensor], Tensor] | None = None,
-        w_type: str = "square",
-        reduction: str = "mean",
+        w_type: Literal["square", "simple", "uniform"] = "square",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         smooth_nr: float = 1e-5,
         smooth_dr: float = 1e-5,
         batch: bool = False,
@@ -260,18 +314,23 @@ class GeneralizedDiceFocalLoss(TwoHalves):
             reduction=reduction,
             use_softmax=use_softmax,
             ignore_index=ignore_index,
+            mean_over_classes=True,
+            softmax_over_all=True,
         )
         self.lambda_gdl = lambda_gdl
         self.lambda_focal = lambda_focal
 
+    def apart_reason(self, binary: bool) -> str:
+        return _apart_reason(self.generalized_dice, GeneralizedDiceLoss, self.focal)
+
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.generalized_dice_focal_loss`` with the options of this module."""
         gdl, focal = self.generalized_dice, self.focal
-        reason = _apart_reason(gdl, GeneralizedDiceLoss, focal)
+        reason = self.apart_reason(False)
         if reason:
             checks.tensors(input, target, mask)
             checks.dice_ce_shapes(input, target)
-            record_line(f"two passes: {reason}")
+            record_step(f"two passes: {reason}", reason=reason)
             more = {} if mask is None else {"mask": mask}
             total: Tensor = self.lambda_gdl * gdl(input, target, **more)
             total = total + self.lambda_focal * focal(input, target, **more)
@@ -297,5 +356,7 @@ class GeneralizedDiceFocalLoss(TwoHalves):
             use_softmax=focal.use_softmax,
             soft_label=gdl.soft_label,
             ignore_index=gdl.ignore_index,
+            mean_over_classes=focal.mean_over_classes,
+            softmax_over_all=focal.softmax_over_all,
             mask=mask,
         )

@@ -1,4 +1,4 @@
-"""What the losses of two halves share: factors that may change every step."""
+"""What the losses of two halves share: factors that may change every step, halves that users bend."""
 
 from __future__ import annotations
 
@@ -7,69 +7,80 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.loss import _Loss
 
 from .. import checks
+from ..overrides import overridden
 from ..scripting import scriptable
+from .base import Loss
 
 
-def _factor(value: float, before: Tensor | None) -> Tensor:
-    """A 0-dim float64 tensor where the one before it was; real and trainable in any context of torch."""
+def bent(half: nn.Module, kind: type[nn.Module]) -> str:
+    """Why a half computes something else than ``kind`` does with the options of its attributes, or ""."""
+    if type(half) is not kind:
+        return "a half is another module"
+    if checks.hooked(half):
+        return "a half has hooks"
+    names = overridden(half, kind)
+    return f"{names[0]} of a half is overridden" if names else ""
+
+
+def _traced(name: str) -> str:
+    return f"_traced_{name}"
+
+
+def _traced_factor(value: float, before: Tensor | None) -> Tensor:
+    """A 0-dim float64 tensor where the one before it was; real and of use in any context of torch."""
     device = torch.device("cpu") if before is None or before.is_meta else before.device
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=torch.float64, device=device)
 
 
-class TwoHalves(_Loss):
-    """A loss whose lambdas live in 0-dim non-persistent buffers, so that a warm-up recompiles nothing.
+class TwoHalves(Loss):
+    """A loss whose lambdas are plain attributes: a number, a 0-dim tensor or a Parameter, as they are set.
 
-    A lambda reads as a float. A tensor that requires a gradient stays one and gets it.
+    Dynamo would compile a graph for each number that it meets in an attribute. So a number has a tensor
+    beside it, which is all that a graph reads. It is no buffer: DDP would broadcast it, FSDP round it.
 
     Attributes:
-        FACTORS: name of a lambda -> name of its buffer.
+        FACTORS: names of the lambdas.
     """
 
-    FACTORS: ClassVar[dict[str, str]] = {}
+    FACTORS: ClassVar[tuple[str, ...]] = ()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in self.FACTORS:
-            super().__setattr__(name, value)
-            return
-        buffer = self.FACTORS[name]
-        if isinstance(value, nn.Parameter):
-            self._buffers.pop(buffer, None)
-            super().__setattr__(buffer, value)
-        else:
-            self._parameters.pop(buffer, None)
-            if not (isinstance(value, Tensor) and value.requires_grad):
-                checks.non_negative(name, float(value))
-                value = _factor(float(value), self._buffers.get(buffer))
-            # A new tensor each time: the one of an earlier step may wait for its backward.
-            self._buffers[buffer] = value
-            self._non_persistent_buffers_set.add(buffer)
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in self.FACTORS:
-            return super().__getattr__(name)
-        value = self.factor(name)
-        return value if value.requires_grad else float(value)
+        if name in self.FACTORS and not hasattr(type(self), name):
+            before = self.__dict__.pop(_traced(name), None)
+            if not isinstance(value, nn.Parameter) and name in self._parameters:
+                # Not in place: copy.copy shares the dictionary.
+                self._parameters = {key: x for key, x in self._parameters.items() if key != name}
+            if not isinstance(value, Tensor):
+                checks.non_negative(name, value)
+                # A new tensor each time: the one of an earlier step may wait for its backward.
+                self.__dict__[_traced(name)] = _traced_factor(float(value), before)
+        super().__setattr__(name, value)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles in place of this module."""
         return scriptable(self)
 
-    def factor(self, name: str) -> Tensor:
-        """The tensor behind a lambda."""
-        value = getattr(self, self.FACTORS[name])
-        assert isinstance(value, Tensor)
+    def apart_reason(self, binary: bool) -> str:
+        """Why the halves cannot share one pass, or ""; ``binary``: the logits have one channel."""
+        raise NotImplementedError
+
+    def factor(self, name: str) -> float | Tensor:
+        """A lambda as the functions take it."""
+        if torch.compiler.is_compiling() and _traced(name) in self.__dict__:
+            traced: Tensor = self.__dict__[_traced(name)]
+            return traced
+        value: float | Tensor = getattr(self, name)
         return value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TwoHalves:
-        """As in Module, but ``half()`` leaves the factors in float64, and ``to_empty`` their values."""
-        kept = {name: self._buffers[name] for name in self.FACTORS.values() if name in self._buffers}
+        """As in Module; what a graph reads goes to the same device, in float64 and with its value."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
-        for name, value in kept.items():
-            moved = self._buffers[name]
-            if value is not None and moved is not None and not moved.is_meta:
-                self._buffers[name] = value.to(moved.device)
+        for name in map(_traced, self.FACTORS):
+            before = self.__dict__.get(name)
+            if before is not None:
+                moved = fn(before)
+                self.__dict__[name] = before if moved.is_meta else before.to(moved.device)
         return self

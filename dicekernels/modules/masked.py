@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from .. import checks, functional
+from ..arguments import documented
+from ..overrides import refuse, remember
 from .overlap import DiceLoss
 
+# Options of DiceLoss that MaskedDiceLoss has not, and their values.
+_FIXED = {"sigmoid": False, "softmax": False, "other_act": None, "ignore_index": None, "log_loss": False}
 
+
+@documented(functional.masked_dice_loss)
+@remember("forward")
 class MaskedDiceLoss(DiceLoss):
-    """``monai.losses.MaskedDiceLoss``: ``forward(input, target, mask)`` multiplies both by the mask.
+    """Dice loss of prediction times mask and target times mask: ``monai.losses.MaskedDiceLoss``.
 
     As in MONAI the activation comes before the mask and lives in ``pre_sigmoid``, ``pre_softmax`` and
     ``pre_other_act``, and a label map is masked before it becomes one-hot: masked voxels are background.
     ``DiceLoss()(input, target, mask=mask)`` leaves them out instead.
 
+    Formula: :func:`dicekernels.functional.masked_dice_loss`. state_dict: ``class_weight`` if one is given.
+
     Raises:
-        TypeError, ValueError: as MONAI, for options that do not fit together.
+        TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
+
+    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "weight": ("class_weight",),
+        **{name: (f"pre_{name}",) for name in ("sigmoid", "softmax", "other_act")},
+    }
+    BESIDE: ClassVar[Mapping[str, Any]] = {"ignore_index": None, "log_loss": False}
 
     def __init__(
         self,
@@ -30,7 +46,7 @@ class MaskedDiceLoss(DiceLoss):
         other_act: Callable[[Tensor], Tensor] | None = None,
         squared_pred: bool = False,
         jaccard: bool = False,
-        reduction: str = "mean",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         smooth_nr: float = 1e-5,
         smooth_dr: float = 1e-5,
         batch: bool = False,
@@ -57,9 +73,17 @@ class MaskedDiceLoss(DiceLoss):
     def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """``functional.masked_dice_loss`` with the options of this module.
 
-        Args:
-            mask: (B, 1, *S) or (1, 1, *S); None masks nothing, with a warning.
+        Raises:
+            NotImplementedError: MONAI's ``spatial_weighted`` was set.
+            ValueError: an option of ``DiceLoss`` was set that this loss has not.
         """
+        refuse(self, ("spatial_weighted",), "wrap a DiceLoss in a MaskedLoss of your own")
+        for name, value in _FIXED.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"MaskedDiceLoss.{name}: got {getattr(self, name)!r}, expected {value!r}; the activation "
+                    "is that of pre_sigmoid, pre_softmax and pre_other_act, the rest is DiceLoss's alone"
+                )
         return functional.masked_dice_loss(
             input,
             target,

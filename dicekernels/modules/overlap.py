@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.loss import _Loss
 
 from .. import checks, functional
+from ..arguments import documented
+from ..overrides import overridden, remember
 from ..prepare import OtherAct
 from ..scripting import scriptable
+from .base import Loss
 
 
-class _OverlapLoss(_Loss):
+class _OverlapLoss(Loss):
     """What Dice, generalized Dice and Tversky share: activation, one-hot, background, smoothing."""
 
     def __init__(
@@ -63,14 +66,19 @@ class _OverlapLoss(_Loss):
         }
 
 
+@documented(functional.dice_loss)
+@remember("forward")
 class DiceLoss(_OverlapLoss):
-    """``monai.losses.DiceLoss``; ``log_loss`` is -log(score) in place of 1 - score.
+    """1 - Dice score of each (sample, class): ``monai.losses.DiceLoss``, with ``log_loss``.
 
-    state_dict: ``class_weight`` if a weight is given.
+    Formula and source: :func:`dicekernels.functional.dice_loss`. state_dict: ``class_weight`` if a weight is
+    given.
 
     Raises:
-        TypeError, ValueError: as MONAI, for options that do not fit together.
+        TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
+
+    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": ("class_weight",)}
 
     def __init__(
         self,
@@ -81,7 +89,7 @@ class DiceLoss(_OverlapLoss):
         other_act: Callable[[Tensor], Tensor] | None = None,
         squared_pred: bool = False,
         jaccard: bool = False,
-        reduction: str = "mean",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         smooth_nr: float = 1e-5,
         smooth_dr: float = 1e-5,
         batch: bool = False,
@@ -124,11 +132,16 @@ class DiceLoss(_OverlapLoss):
         )
 
 
+@documented(functional.generalized_dice_loss)
+@remember("forward", "w_func")
 class GeneralizedDiceLoss(_OverlapLoss):
-    """``monai.losses.GeneralizedDiceLoss``, with ``ignore_index``.
+    """Generalized Dice loss of each sample: ``monai.losses.GeneralizedDiceLoss``, with ``ignore_index``.
+
+    Formula and source: :func:`dicekernels.functional.generalized_dice_loss`. A subclass may override
+    ``w_func``.
 
     Raises:
-        TypeError, ValueError: as MONAI, for options that do not fit together.
+        TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
     def __init__(
@@ -138,8 +151,8 @@ class GeneralizedDiceLoss(_OverlapLoss):
         sigmoid: bool = False,
         softmax: bool = False,
         other_act: Callable[[Tensor], Tensor] | None = None,
-        w_type: str = "square",
-        reduction: str = "mean",
+        w_type: Literal["square", "simple", "uniform"] = "square",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         smooth_nr: float = 1e-5,
         smooth_dr: float = 1e-5,
         batch: bool = False,
@@ -160,22 +173,41 @@ class GeneralizedDiceLoss(_OverlapLoss):
             soft_label,
             ignore_index,
         )
-        self.w_type = checks.option("w_type", w_type, ("square", "simple", "uniform"))
+        self.w_type: Literal["square", "simple", "uniform"] = checks.option(
+            "w_type", w_type, ("square", "simple", "uniform")
+        )
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.generalized_dice_loss`` with the options of this module."""
+        w_func = self.w_func if "w_func" in overridden(self, GeneralizedDiceLoss) else None
         return functional.generalized_dice_loss(
-            input, target, w_type=self.w_type, mask=mask, **self._options()
+            input, target, w_type=self.w_type, w_func=w_func, mask=mask, **self._options()
         )
 
+    def w_func(self, grnd: Tensor) -> Tensor:
+        """Class weights of the volumes sum g, float32 (B, K) or, with ``batch``, (K,).
 
+        A subclass may override it, and only then it is called. An infinite weight becomes the largest finite
+        one of its sample.
+        """
+        if self.w_type == "uniform":
+            return torch.ones_like(grnd)
+        return torch.reciprocal(grnd * grnd if self.w_type == "square" else grnd)
+
+
+@documented(functional.tversky_loss)
+@remember("forward")
 class TverskyLoss(_OverlapLoss):
-    """``monai.losses.TverskyLoss``; ``gamma`` makes it the focal Tversky loss.
+    """Tversky loss of each (sample, class): ``monai.losses.TverskyLoss``, with ``gamma``.
 
-    ``alpha`` weighs false positives, ``beta`` false negatives.
+    Formula and source: :func:`dicekernels.functional.tversky_loss`.
+
+    Args:
+        gamma: exponent of the focal Tversky loss, max(1 - score, 0)**gamma of each term before the reduction;
+            above 0, else the call is a ValueError. 1 is the plain Tversky loss.
 
     Raises:
-        TypeError, ValueError: as MONAI, for options that do not fit together.
+        TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
     def __init__(
@@ -187,7 +219,7 @@ class TverskyLoss(_OverlapLoss):
         other_act: Callable[[Tensor], Tensor] | None = None,
         alpha: float = 0.5,
         beta: float = 0.5,
-        reduction: str = "mean",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         smooth_nr: float = 1e-5,
         smooth_dr: float = 1e-5,
         batch: bool = False,
@@ -226,11 +258,15 @@ class TverskyLoss(_OverlapLoss):
         )
 
 
-class MCCLoss(_Loss):
-    """``monai.losses.MCCLoss``, 1 - Matthews' correlation coefficient, with ``ignore_index``.
+@documented(functional.mcc_loss)
+@remember("forward")
+class MCCLoss(Loss):
+    """1 - Matthews' correlation coefficient: ``monai.losses.MCCLoss``, with ``ignore_index``.
+
+    Formula and source: :func:`dicekernels.functional.mcc_loss`.
 
     Raises:
-        TypeError, ValueError: as MONAI, for options that do not fit together.
+        TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
     def __init__(
@@ -240,7 +276,7 @@ class MCCLoss(_Loss):
         sigmoid: bool = False,
         softmax: bool = False,
         other_act: Callable[[Tensor], Tensor] | None = None,
-        reduction: str = "mean",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         smooth_nr: float = 0.0,
         smooth_dr: float = 1e-5,
         batch: bool = False,

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
-from .. import checks
+from .. import checks, functional
+from ..arguments import documented
 from ..functional.unified_focal import Half, two_halves_loss
+from ..overrides import remember
 from ..scripting import scriptable
+from .base import Loss
 
 
 class _HalfSettings(_Loss):
@@ -26,7 +32,13 @@ class _HalfSettings(_Loss):
 
         Raises:
             ValueError: an option was changed that only gamma, delta and epsilon may be.
+            NotImplementedError: its forward was overridden.
         """
+        if type(self).forward is not _Loss.forward or "forward" in self.__dict__ or checks.hooked(self):
+            raise NotImplementedError(
+                f"{name}: got a forward or hooks of its own, which the loss does not call, so that they "
+                "would change nothing; derive from MONAI's class"
+            )
         if self.to_onehot_y or self.ignore_index is not None or self.reduction != "mean":
             raise ValueError(
                 f"{name}: got to_onehot_y={self.to_onehot_y}, ignore_index={self.ignore_index}, "
@@ -35,16 +47,31 @@ class _HalfSettings(_Loss):
         return Half(*(checks.constant(key, getattr(self, key)) for key in ("gamma", "delta", "epsilon")))
 
 
-class AsymmetricUnifiedFocalLoss(_Loss):
-    """``monai.losses.AsymmetricUnifiedFocalLoss``, with voxel weights.
+@documented(functional.asymmetric_unified_focal_loss)
+@remember("forward")
+class AsymmetricUnifiedFocalLoss(Loss):
+    """Asymmetric focal + focal Tversky loss of two classes: ``monai.losses.AsymmetricUnifiedFocalLoss``.
 
-    As in MONAI, ``gamma`` and ``delta`` of the two halves are those of ``asy_focal_loss`` and
-    ``asy_focal_tversky_loss`` (with ``epsilon``): changing them there takes effect, on this module not.
+    Formula and source: :func:`dicekernels.functional.asymmetric_unified_focal_loss`. As in MONAI, ``gamma``
+    and ``delta`` of the two halves are those of ``asy_focal_loss`` and ``asy_focal_tversky_loss`` (with
+    ``epsilon``): changing them there takes effect, on this module not.
 
     Raises:
         ValueError: an unknown reduction.
     """
 
+    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **{name: (name,) for name in ("to_onehot_y", "reduction", "ignore_index")},
+        **{name: (f"asy_focal_loss.{name}", f"asy_focal_tversky_loss.{name}") for name in ("gamma", "delta")},
+    }
+    BESIDE: ClassVar[Mapping[str, Any]] = {
+        "asy_focal_loss.epsilon": 1e-7,
+        "asy_focal_tversky_loss.epsilon": 1e-7,
+    }
+    PARTS: ClassVar[Mapping[str, type[nn.Module]]] = {
+        "asy_focal_loss": _HalfSettings,
+        "asy_focal_tversky_loss": _HalfSettings,
+    }
     asy_focal_loss: _HalfSettings
     asy_focal_tversky_loss: _HalfSettings
 
@@ -55,7 +82,7 @@ class AsymmetricUnifiedFocalLoss(_Loss):
         weight: float = 0.5,
         gamma: float = 0.5,
         delta: float = 0.7,
-        reduction: str = "mean",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         ignore_index: int | None = None,
     ) -> None:
         super().__init__(reduction=checks.option("reduction", reduction, ("mean", "sum", "none")))
@@ -74,6 +101,12 @@ class AsymmetricUnifiedFocalLoss(_Loss):
 
     def forward(self, y_pred: Tensor, y_true: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.asymmetric_unified_focal_loss`` with the options of this module."""
+        for name in ("asy_focal_loss", "asy_focal_tversky_loss"):
+            if not isinstance(getattr(self, name), _HalfSettings):
+                raise NotImplementedError(
+                    f"{name}: got a {type(getattr(self, name)).__name__}, expected that of the constructor, "
+                    "whose gamma, delta and epsilon count; for another half derive from MONAI's class"
+                )
         return two_halves_loss(
             y_pred,
             y_true,

@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.loss import _Loss
 
-from .. import checks
+from .. import checks, functional
+from ..arguments import documented
 from ..functional.wasserstein import MODES, normalised, normalised_wasserstein_dice_loss
+from ..overrides import refuse, remember
 from ..scripting import scriptable
+from .base import Loss
+
+# MONAI's steps of the dense formula.
+_STEPS = (
+    "wasserstein_distance_map",
+    "_compute_alpha_generalized_true_positives",
+    "_compute_denominator",
+    "_compute_generalized_true_positive",
+)
 
 
-class GeneralizedWassersteinDiceLoss(_Loss):
-    """``monai.losses.GeneralizedWassersteinDiceLoss``, with ``ignore_index`` and voxel weights.
+@documented(functional.generalized_wasserstein_dice_loss)
+@remember("forward")
+class GeneralizedWassersteinDiceLoss(Loss):
+    """Dice loss of distances between classes: ``monai.losses.GeneralizedWassersteinDiceLoss``.
 
-    ``dist_matrix`` (C, C) is a NumPy array, a tensor or a nested list. The attribute ``m`` holds it, divided
-    by its largest entry; as in MONAI it is no buffer and keeps its dtype: distances in float64 (NumPy's
-    default) make a float64 loss. ``alpha_mode`` is the ``weighting_mode``.
+    Formula and source: :func:`dicekernels.functional.generalized_wasserstein_dice_loss`. The attribute ``m``
+    holds the distances, divided by the largest; as in MONAI it is no buffer and keeps its dtype: distances in
+    float64 (NumPy's default) make a float64 loss. ``alpha_mode`` is the ``weighting_mode``.
 
     Raises:
         ValueError: as MONAI, for a matrix that is not square or an unknown option.
     """
 
+    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "dist_matrix": ("m",),
+        "weighting_mode": ("alpha_mode",),
+    }
+
     def __init__(
         self,
         dist_matrix: Any,
-        weighting_mode: str = "default",
-        reduction: str = "mean",
+        weighting_mode: Literal["default", "GDL"] = "default",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         smooth_nr: float = 1e-5,
         smooth_dr: float = 1e-5,
         *,
@@ -38,7 +56,7 @@ class GeneralizedWassersteinDiceLoss(_Loss):
         matrix = normalised(dist_matrix)
         self.alpha_mode = checks.option("weighting_mode", weighting_mode, MODES)
         # A matrix that is normalised already is kept itself: integers stay integers.
-        given = torch.as_tensor(dist_matrix)
+        given = dist_matrix if isinstance(dist_matrix, Tensor) else torch.as_tensor(dist_matrix, device="cpu")
         self.m = given if bool(given.max() == 1) else matrix
         self.num_classes = self.m.size(0)
         self.smooth_nr = float(smooth_nr)
@@ -50,7 +68,12 @@ class GeneralizedWassersteinDiceLoss(_Loss):
         return scriptable(self)
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """``functional.generalized_wasserstein_dice_loss`` with the options of this module."""
+        """``functional.generalized_wasserstein_dice_loss`` with the options of this module.
+
+        Raises:
+            NotImplementedError: one of MONAI's steps of the formula was overridden.
+        """
+        refuse(self, _STEPS, "change dist_matrix, or derive from MONAI's class")
         return normalised_wasserstein_dice_loss(
             input,
             target,

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.loss import _Loss
 
-from .. import checks
+from .. import checks, hints
+from ..arguments import documented
+from ..kinds import tensor
+from ..overrides import overridden, remember
 from ..prepare import kernel_dtype, like_input, plain
 from ..scripting import scriptable
+from .base import Loss
 from .compound import DiceCELoss
 from .focal import DiceFocalLoss, FocalLoss, GeneralizedDiceFocalLoss
+from .halves import TwoHalves
 from .overlap import DiceLoss, GeneralizedDiceLoss, MCCLoss, TverskyLoss
 
 # Losses whose kernels read half precision and add up in float32.
@@ -38,26 +42,35 @@ HALVES = (torch.float16, torch.bfloat16)
 PICKS = ("nearest-exact", "nearest")
 
 
-class DeepSupervisionLoss(_Loss):
-    """``monai.losses.DeepSupervisionLoss``: sum over levels of weight times loss.
+@documented()
+@remember("forward", "get_loss", "get_weights")
+class DeepSupervisionLoss(Loss):
+    """Sum over the levels of a network of weight times loss: ``monai.losses.DeepSupervisionLoss``.
 
     Level l is an output (B, C, *S_l); the target (B, 1 or C, *S), or labels (B, *S), is resized to S_l
     by ``interp_mode``, an attribute. Labels of every integer dtype and bool are resized, by torch's own
-    choice of voxels. ``weights`` counts if it has a value for each level, else ``weight_mode`` decides:
-    "same" 1, "two" 1 and then 1/2, "exp" 1, 1/2, 1/4, 1/8 and then 1/16.
+    choice of voxels.
 
     Outputs go to the loss in float32. Half precision outputs are not copied for that if the loss is one of
     this package's whose kernels add up in float32. The result of a list is a float32 scalar.
 
     state_dict: that of the loss, under ``loss.``.
+
+    Args:
+        loss: a loss of one output and its target, of this package or not, with a scalar result.
+        weight_mode: factors of the levels, finest first: "same" 1, "two" 1 and then 1/2, "exp" 1, 1/2, 1/4,
+            1/8 and then 1/16. As in MONAI another word is taken as "same".
+        weights: factors of the levels in place of ``weight_mode``, which counts where they are fewer than the
+            levels. None: ``weight_mode``.
     """
 
+    BESIDE: ClassVar[Mapping[str, Any]] = {"interp_mode": "nearest-exact"}
     weights: Sequence[float] | None
 
     def __init__(
         self,
         loss: Callable[..., Tensor],
-        weight_mode: str = "exp",
+        weight_mode: Literal["same", "exp", "two"] = "exp",
         weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
@@ -78,12 +91,16 @@ class DeepSupervisionLoss(_Loss):
     def get_loss(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """The loss of one level, target and mask resized to it; a subclass may override it."""
         space = input.shape[2:]
+        if target.ndim not in (input.ndim - 1, input.ndim):
+            raise ValueError(hints.of_target(input, target, False))
         if target.ndim == input.ndim - 1:
             target = _resized(target[:, None], space, self.interp_mode)[:, 0]
         else:
             target = _resized(target, space, self.interp_mode)
         if mask is None:
             return self.loss(input, target)
+        if mask.ndim != input.ndim:
+            checks.mask_shape(mask, input)
         mode = self.interp_mode if self.interp_mode in PICKS else PICKS[0]
         return self.loss(input, target, mask=_resized(mask, space, mode))
 
@@ -97,10 +114,14 @@ class DeepSupervisionLoss(_Loss):
         """The weighted sum.
 
         Args:
-            input: the outputs, finest first, or one output, which goes to the loss with the target as it is.
-            target: of any resolution.
+            input: the outputs, finest first, each (B, C, *S_l), or one output, which goes to the loss with
+                the target as it is.
+            target: (B, 1 or C, *S) or labels (B, *S), of any resolution.
             mask: voxel weights (B, 1, *S) or (1, 1, *S), for a loss that has the keyword ``mask``. A coarse
-                level takes the weight of each voxel whose label it takes.
+                level takes the weight of each voxel whose label it takes. None: the loss gets no ``mask``.
+
+        Returns:
+            (), float32; for one output what the loss returns.
 
         Raises:
             ValueError: ``input`` is None.
@@ -114,6 +135,7 @@ class DeepSupervisionLoss(_Loss):
             return self.loss(_for_loss(self.loss, input, target), target, **extra)
         if not isinstance(input, (list, tuple)):
             raise TypeError(f"input: got {type(input).__name__}, expected a list of tensors or one tensor")
+        _check_levels(input, target, mask)
         total = torch.zeros((), device=target.device)
         weights = self.get_weights(len(input))
         for level, output in enumerate(input):
@@ -127,16 +149,20 @@ class DeepSupervisionLoss(_Loss):
         return total.float()
 
 
-class MaskedLoss(_Loss):
-    """``monai.losses.MaskedLoss``: the loss of ``input * mask`` and ``target * mask``.
-
-    Args:
-        loss: a loss, or a class that is called with the arguments that follow.
+@documented()
+@remember("forward")
+class MaskedLoss(Loss):
+    """The loss of ``input * mask`` and ``target * mask``: ``monai.losses.MaskedLoss``.
 
     A logit times 0 is 0 and not absent: its softmax or sigmoid counts. To leave voxels out, or to weigh
     them, pass ``mask`` to a loss of this package itself, which also saves the two products.
 
     state_dict: that of the loss, under ``loss.``.
+
+    Args:
+        loss: a loss, of this package or not, or its class, which is called with the arguments that follow.
+        loss_args: arguments of the class.
+        loss_kwargs: arguments of the class by keyword.
 
     Raises:
         ValueError: the loss is not callable.
@@ -160,8 +186,13 @@ class MaskedLoss(_Loss):
         """The loss of the products; without a mask that of the arguments, with a warning.
 
         Args:
+            input: (B, C, *S), as the loss takes it.
+            target: as the loss takes it, (B, 1 or C, *S).
             mask: (B, 1, *S) or (1, 1, *S). Another number of dimensions or space is warned of and left to
-                broadcasting.
+                broadcasting. None: nothing is masked, with a warning.
+
+        Returns:
+            What the loss returns.
 
         Raises:
             ValueError: the batch of the mask is neither 1 nor B, or it has more than one channel.
@@ -169,6 +200,8 @@ class MaskedLoss(_Loss):
         if mask is None:
             _warn("No mask value specified for the MaskedLoss.")
             return self.loss(input, target)
+        tensor("input", input)
+        tensor("target", target)
         if input.ndim != mask.ndim:
             _warn(f"Dim of input ({input.shape}) is different from mask ({mask.shape}).")
         if mask.shape[0] not in (1, input.shape[0]):
@@ -182,7 +215,7 @@ class MaskedLoss(_Loss):
                 )
             if input.shape[2:] != mask.shape[2:]:
                 _warn(f"Spatial size of input ({input.shape}) is different from mask ({mask.shape}).")
-        return self.loss(input * mask, target * mask)
+        return self.loss(_masked("input", input, mask), _masked("target", target, mask))
 
 
 def _warn(text: str) -> None:
@@ -190,9 +223,38 @@ def _warn(text: str) -> None:
         warnings.warn(text, UserWarning, stacklevel=3)
 
 
+def _masked(name: str, values: Tensor, mask: Tensor) -> Tensor:
+    try:
+        return values * mask
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{error}. mask: got shape {tuple(mask.shape)} on {mask.device}, expected (B, 1, *S) beside the "
+            f"{name} of shape {tuple(values.shape)} on {values.device}"
+        ) from error
+
+
+def _check_levels(outputs: Sequence[Tensor], target: Any, mask: Any) -> None:
+    """Raises TypeError or ValueError for what cannot be resized to every output."""
+    for level, output in enumerate(outputs):
+        tensor(f"input[{level}]", output)
+    if isinstance(target, (list, tuple)):
+        raise TypeError(
+            f"target: got a {type(target).__name__} of {len(target)}, expected one tensor, which is "
+            "resized to the space of each output here; pass the finest, target[0]"
+        )
+    tensor("target", target)
+    if mask is not None:
+        tensor("mask", mask)
+
+
 def _for_loss(loss: Callable[..., Tensor], output: Tensor, target: Tensor) -> Tensor:
     """The output in float32, or as it is where the loss computes the same from it."""
-    if output.dtype in HALVES and _reads_half(loss, output) and _result_is_float32(output, target):
+    if (
+        output.dtype in HALVES
+        and isinstance(target, Tensor)
+        and _reads_half(loss, output)
+        and _result_is_float32(output, target)
+    ):
         return output
     return output.float()
 
@@ -201,12 +263,11 @@ def _reads_half(loss: Callable[..., Tensor], output: Tensor) -> bool:
     if type(loss) not in READS_HALF or output.ndim < 3:
         return False
     assert isinstance(loss, nn.Module)
-    if isinstance(loss, DiceCELoss):
-        if loss._apart_reason(output.shape[1] == 1):
-            return False
-    elif any(type(half) not in READS_HALF for half in loss.children()):
+    if isinstance(loss, TwoHalves) and loss.apart_reason(output.shape[1] == 1):
         return False
-    # An activation or hooks of the user's see the output itself.
+    # An override, an activation or hooks of the user's see the output itself.
+    if overridden(loss, type(loss)):
+        return False
     return not any(
         getattr(module, "other_act", None) is not None or checks.hooked(module) for module in loss.modules()
     )

@@ -43,7 +43,7 @@ def dice_ce_loss(
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: got {reduction!r}, expected 'mean' or 'sum'")
-    w = None if weight is None else torch.as_tensor(weight)
+    w = None if weight is None else torch.as_tensor(weight, device=logits.device)
     if isinstance(dice_weight, str):
         dice_weight = w if w is None or w.ndim == 0 or include_background else w[1:]
     dice = dice_loss(
@@ -74,7 +74,7 @@ def dice_ce_loss(
         ignore_index=ignore_index,
         mask=mask,
     )
-    w = torch.ones(()).to(logits) if w is None else w.to(logits)
+    w = logits.new_ones(()) if w is None else w.to(logits)
     if logits.shape[1] == 1:
         total = w.reshape(()) * rows["POS"].sum() + rows["NEG"].sum()
         count = rows["N"].sum()
@@ -115,6 +115,8 @@ def dice_focal_loss(
     use_softmax: bool = False,
     soft_label: bool = False,
     ignore_index: int | None = None,
+    mean_over_classes: bool = True,
+    softmax_over_all: bool = True,
     mask: Tensor | None = None,
     dice_weight: ClassWeight | str = "weight",
 ) -> Tensor:
@@ -153,6 +155,8 @@ def dice_focal_loss(
         reduction=reduction,
         use_softmax=use_softmax,
         ignore_index=ignore_index,
+        mean_over_classes=mean_over_classes,
+        softmax_over_all=softmax_over_all,
         mask=mask,
     )
     return lambda_dice * dice + lambda_focal * focal
@@ -180,6 +184,8 @@ def generalized_dice_focal_loss(
     use_softmax: bool = False,
     soft_label: bool = False,
     ignore_index: int | None = None,
+    mean_over_classes: bool = True,
+    softmax_over_all: bool = True,
     mask: Tensor | None = None,
 ) -> Tensor:
     """lambda_gdl * generalized Dice + lambda_focal * focal loss of the raw logits.
@@ -214,6 +220,8 @@ def generalized_dice_focal_loss(
         reduction=reduction,
         use_softmax=use_softmax,
         ignore_index=ignore_index,
+        mean_over_classes=mean_over_classes,
+        softmax_over_all=softmax_over_all,
         mask=mask,
     )
     return lambda_gdl * gdl + lambda_focal * focal

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def dice_loss(
     else:
         loss = one_minus_ratio(2 * hit, wrong, smooth_nr, smooth_dr)
     if weight is not None and channels != 1:
-        loss = loss * torch.as_tensor(weight).to(loss).expand(channels)
+        loss = loss * torch.as_tensor(weight, device=loss.device).to(loss).expand(channels)
     return reduce(loss, reduction, trailing=logits.ndim - 2)
 
 
@@ -80,6 +81,7 @@ def generalized_dice_loss(
     softmax: bool = False,
     other_act: Activation | None = None,
     w_type: str = "square",
+    w_func: Callable[[Tensor], Tensor] | None = None,
     reduction: str = "mean",
     smooth_nr: float = 1e-5,
     smooth_dr: float = 1e-5,
@@ -92,7 +94,8 @@ def generalized_dice_loss(
 
     w is 1/G^2, 1/G or 1 ("square", "simple", "uniform"). A weight that is infinite in float32 is
     replaced by the largest finite one of its sample (of the batch with ``batch``), or 0 if there
-    is none. ``reduction="none"`` returns ``(B, 1, 1, ..)``, or ``(1, 1, ..)`` with ``batch``.
+    is none. ``w_func``: MONAI's method, w of the float32 volumes (B, K), or (K,) with ``batch``.
+    ``reduction="none"`` returns ``(B, 1, 1, ..)``, or ``(1, 1, ..)`` with ``batch``.
     IndexError for inputs without spatial dims unless ``batch``, as in MONAI.
     """
     hit, fp, fn, volume = overlap_sums(
@@ -106,7 +109,10 @@ def generalized_dice_loss(
         ignore_index=ignore_index,
         mask=mask,
     )
-    w = generalized_weight(volume, w_type, batch)
+    w = generalized_weight(volume, w_type) if w_func is None else w_func(volume.float()).to(volume)
+    infinite = w.isinf()
+    w = torch.where(infinite, 0, w)
+    w = torch.where(infinite, w.max() if batch else w.amax(1, keepdim=True), w)
     classes = 0 if batch else 1
     hit = (w * 2 * hit).sum(classes, keepdim=True)
     wrong = (w * (fp + fn)).sum(classes, keepdim=True)
@@ -243,7 +249,7 @@ def one_minus_ratio(hit: Tensor, wrong: Tensor, smooth_nr: float, smooth_dr: flo
     return (wrong + (smooth_dr - smooth_nr)) / (hit + wrong + smooth_dr)
 
 
-def generalized_weight(volume: Tensor, w_type: str, batch: bool) -> Tensor:
+def generalized_weight(volume: Tensor, w_type: str) -> Tensor:
     """Weights in the working precision; float32 decides which are infinite, as in MONAI."""
     if w_type == "uniform":
         return torch.ones_like(volume)
@@ -252,9 +258,7 @@ def generalized_weight(volume: Tensor, w_type: str, batch: bool) -> Tensor:
     power = 2 if w_type == "square" else 1
     volume32 = volume.detach().float()
     infinite = torch.isinf(1 / (volume32 * volume32 if power == 2 else volume32))
-    w = torch.where(infinite, 0, 1 / torch.where(infinite, 1, volume) ** power)
-    largest = torch.max(w) if batch else torch.max(w, dim=1, keepdim=True)[0]
-    return torch.where(infinite, largest, w)
+    return torch.where(infinite, torch.inf, 1 / torch.where(infinite, 1, volume) ** power)
 
 
 def reduce(loss: Tensor, reduction: str, trailing: int | None) -> Tensor:

@@ -32,7 +32,7 @@ def generalized_wasserstein_dice_loss(
 
     Logits (B, C, *S), target any shape of B x V labels, mask (B, 1, *S). ``reduction="none"``: (B,).
     """
-    matrix = torch.as_tensor(dist_matrix)
+    matrix = torch.as_tensor(dist_matrix, device=logits.device)
     matrix = (matrix / matrix.max()).to(logits)
     samples, classes = logits.shape[:2]
     z = logits.reshape(samples, classes, -1)

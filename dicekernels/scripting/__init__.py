@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from ..overrides import overridden
 from . import compound, focal, masked, overlap, unified_focal, wasserstein, wrappers
 from .twin import Twin, refuse
 
@@ -51,10 +52,8 @@ def scriptable(loss: nn.Module) -> nn.Module:
         base for base in type(loss).__mro__ if base.__module__.startswith("dicekernels.modules.")
     )
     kind = next(base for base in ours if base.__name__ in TWINS)
-    if type(loss).forward is not kind.forward:
+    if type(loss).forward is not kind.forward and "forward" not in vars(loss):
         return loss
-    twin = TWINS[kind.__name__]
-    for name in twin.METHODS:
-        if getattr(type(loss), name) is not getattr(kind, name):
-            refuse(loss, f"it overrides {name}, which {kind.__name__} calls in Python alone")
-    return twin.of(loss)
+    for name in overridden(loss, kind):
+        refuse(loss, f"it overrides {name}, which {kind.__name__} calls in Python alone")
+    return TWINS[kind.__name__].of(loss)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
+from ..overrides import overridden
 from . import rows
 from .focal import Focal
 from .overlap import Dice, GeneralizedDice
@@ -19,7 +20,7 @@ DICE, FOCAL = "dicekernels.modules.overlap.DiceLoss", "dicekernels.modules.focal
 
 
 class Halves(Twin):
-    """A twin whose lambdas are numbers: TorchScript would put their buffers into the state_dict.
+    """A twin whose lambdas are numbers.
 
     Attributes:
         KINDS: name of a half -> the only class that it may have.
@@ -32,21 +33,22 @@ class Halves(Twin):
         factors: Any = loss.FACTORS
         for name in factors:
             value = getattr(loss, name)
-            refuse(loss, f"{name} requires a gradient" if isinstance(value, Tensor) else "")
-            changed[name] = value
+            learned = isinstance(value, nn.Parameter) or (isinstance(value, Tensor) and value.requires_grad)
+            refuse(loss, f"{name} requires a gradient" if learned else "")
+            changed[name] = float(value)
         for name, kind in cls.KINDS.items():
             half = getattr(loss, name)
             other = f"{type(half).__module__}.{type(half).__qualname__}"
             refuse(loss, f"its {name} is {other}" if other != kind else "")
             refuse(loss, f"its {name} has hooks" if checks.hooked(half) else "")
-        buffers = {name: value for name, value in loss._buffers.items() if name not in factors.values()}
-        return super().of(loss, _buffers=buffers, **changed)
+            for method in overridden(half, type(half)):
+                refuse(loss, f"{method} of its {name} is overridden")
+        return super().of(loss, **changed)
 
 
 class DiceCE(Halves):
     """``DiceCELoss``."""
 
-    METHODS: ClassVar[tuple[str, ...]] = ("ce", "bce")
     KINDS: ClassVar[dict[str, str]] = {
         "dice": DICE,
         "cross_entropy": "torch.nn.modules.loss.CrossEntropyLoss",
@@ -72,6 +74,8 @@ class DiceCE(Halves):
     def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """As ``DiceCELoss.forward``."""
         rows.check_two_halves(input, target)
+        if self.cross_entropy.weight is not None and input.shape[1] > 1:
+            rows.ce_weight(self.cross_entropy.weight, input.shape[1])
         acted = self.dice.acted(input)
         one_hot = self.dice.one_hot(input, acted, self.dice.to_onehot_y)
         dice = self.dice.loss(acted, target, mask, one_hot)

@@ -23,6 +23,8 @@ class Focal(Twin):
         alpha: float | Tensor | None
         use_softmax: bool
         ignore_index: int | None
+        mean_over_classes: bool
+        softmax_over_all: bool
         reduction: str
         class_weight: Tensor | None
 
@@ -39,10 +41,11 @@ class Focal(Twin):
     def loss(self, input: Tensor, target: Tensor, mask: Tensor | None, one_hot: bool) -> Tensor:
         """In working precision, without the warnings about one channel."""
         z, g, valid, weight = rows.inputs(input, target, mask, one_hot, self.ignore_index)
-        if not self.include_background and z.shape[1] > 1:
-            z, g = z[:, 1:], g[:, 1:]
+        first = 0 if self.include_background or z.shape[1] == 1 else 1
+        if not (self.use_softmax and self.softmax_over_all):
+            z, g, first = z[:, first:], g[:, first:], 0
         m = rows.both(valid, weight)
-        terms = rows.quiet(self.balanced(rows.times(valid, z), rows.times(valid, g), one_hot), m)
+        terms = rows.quiet(self.balanced(rows.times(valid, z), rows.times(valid, g), one_hot, first), m)
         loss = rows.times(m, terms)
         if self.class_weight is not None:
             loss = loss * rows.per_class(focal_weight(self.class_weight, loss.shape[1]).to(loss), loss.ndim)
@@ -58,13 +61,15 @@ class Focal(Twin):
         total, count = rows.voxel_sum(loss).sum(), rows.voxel_sum(m).sum()
         if mask is None and self.ignore_index is None:
             return total / (count * loss.shape[1])  # NaN of an empty batch, as a mean
-        return rows.quotient(total, count * (loss.shape[1] if self.ignore_index is None else 1))
+        by_voxels = self.ignore_index is not None and not self.mean_over_classes
+        return rows.quotient(total, count * (1 if by_voxels else loss.shape[1]))
 
-    def balanced(self, z: Tensor, g: Tensor, one_hot: bool) -> Tensor:
-        """The focal terms times what alpha makes of them; an infinite logit beside a label has its limit."""
+    def balanced(self, z: Tensor, g: Tensor, one_hot: bool, first: int) -> Tensor:
+        """The focal terms of the classes from ``first`` on times what alpha makes of them; an infinite logit
+        beside a label has its limit."""
         gamma = float(self.gamma)
         if self.use_softmax:
-            log_p = F.log_softmax(z, 1)
+            log_p, g = F.log_softmax(z, 1)[:, first:], g[:, first:]
             if one_hot:
                 log_p = torch.where(g == 0, 0, log_p)
             missed = -torch.expm1(log_p)
@@ -106,7 +111,7 @@ def focal_weight(weight: Tensor, classes: int) -> Tensor:
     """The factors of the focal terms, checked.
 
     Raises:
-        ValueError: several for one class, wrong length or a negative value.
+        ValueError: several for one class, wrong length, or a value that is negative or not finite.
     """
     if weight.ndim > 0 and classes == 1:
         raise ValueError("Per-class class_weight is not supported for single-channel outputs.")
@@ -115,6 +120,6 @@ def focal_weight(weight: Tensor, classes: int) -> Tensor:
             f"The number of class_weight ({weight.numel()}) must match the number of output "
             f"channels ({classes})."
         )
-    if bool((weight < 0).any()):
-        raise ValueError("class_weight values must be non-negative.")
+    if not bool(((weight >= 0) & weight.isfinite()).all()):
+        raise ValueError("class_weight values must be non-negative. weight: expected finite values")
     return weight.expand(classes)

@@ -107,7 +107,7 @@ class Dice(OverlapTwin):
             loss = rows.one_minus_ratio(2 * hit, wrong, self.smooth_nr, self.smooth_dr)
         classes = acted.shape[1] - (0 if self.include_background or acted.shape[1] == 1 else 1)
         if self.class_weight is not None and classes != 1:
-            loss = loss * rows.class_weight(self.class_weight, classes).to(loss)
+            loss = loss * rows.class_weight(self.class_weight, classes, acted.shape[1] - classes).to(loss)
         return rows.reduce(loss, self.reduction, acted.ndim - 2)
 
 

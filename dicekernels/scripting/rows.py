@@ -11,6 +11,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from .. import hints
+
 
 def warn_single_channel(channels: int, softmax: bool, to_onehot_y: bool, include_background: bool) -> None:
     """MONAI's warnings about options that one channel makes void."""
@@ -66,25 +68,28 @@ def check_shapes(logits: Tensor, target: Tensor, mask: Tensor | None, one_hot: b
     if one_hot:
         if target.ndim == logits.ndim and target.shape[1] != 1:
             raise AssertionError(
-                f"labels should have a channel with length equal to one. target: got shape {target.shape}"
+                "labels should have a channel with length equal to one. "
+                + hints.of_target(logits, target, True)
             )
         labels = target.squeeze(1) if target.ndim == logits.ndim else target
         if labels.shape[0] != logits.shape[0] or labels.shape[1:] != space:
-            raise AssertionError(
-                f"ground truth has different shape ({target.shape}) from input ({logits.shape})"
-            )
+            raise AssertionError(hints.of_different_shapes(logits, target, True))
     elif target.shape != logits.shape:
-        raise AssertionError(f"ground truth has different shape ({target.shape}) from input ({logits.shape})")
+        raise AssertionError(hints.of_different_shapes(logits, target, False))
     if mask is not None:
         check_mask(mask, logits)
 
 
 def check_mask(mask: Tensor, logits: Tensor) -> None:
-    """Raises ValueError unless the mask is (B, 1, *S) or (1, 1, *S)."""
+    """Raises ValueError unless the mask is (B, 1, *S) or (1, 1, *S) and, on the CPU, nowhere below 0."""
     samples = mask.shape[0] == 1 or mask.shape[0] == logits.shape[0]
     if mask.ndim != logits.ndim or not samples or mask.shape[1] != 1 or mask.shape[2:] != logits.shape[2:]:
         raise ValueError(
             f"mask: got shape {mask.shape}, expected one weight a voxel, (B, 1, *S), for {logits.shape}"
+        )
+    if mask.device.type == "cpu" and bool((mask < 0).any()):
+        raise ValueError(
+            f"mask: got a voxel weight of {mask.min().item()}, expected none below 0; 0 leaves a voxel out"
         )
 
 
@@ -186,20 +191,19 @@ def quotient(total: Tensor, count: Tensor) -> Tensor:
     return torch.where(count == 0, 0, total / torch.where(count == 0, 1, count))
 
 
-def class_weight(weight: Tensor, classes: int) -> Tensor:
+def class_weight(weight: Tensor, classes: int, skipped: int) -> Tensor:
     """The factors of the overlap terms, checked.
 
     Raises:
-        ValueError: wrong length or a negative value.
+        ValueError: wrong length, or a value that is negative or not finite.
     """
     if weight.ndim > 0 and weight.shape[0] != classes:
         raise ValueError(
-            "The length of the `weight` sequence should be the same as the number of classes. If "
-            "`include_background=False`, the weight should not include the background category class 0. "
-            f"Got {weight.shape[0]}, expected {classes}."
+            "The length of the `weight` sequence should be the same as the number of classes. "
+            + hints.of_weight_length(weight.shape[0], classes, skipped, None)
         )
-    if bool((weight < 0).any()):
-        raise ValueError("the value/values of the `weight` should be no less than 0.")
+    if not bool(((weight >= 0) & weight.isfinite()).all()):
+        raise ValueError("the value/values of the `weight` should be no less than 0, and finite.")
     return weight.expand(classes)
 
 
@@ -241,12 +245,12 @@ def check_two_halves(logits: Tensor, target: Tensor) -> None:
     if target.ndim != logits.ndim:
         raise ValueError(
             "the number of dimensions for input and target should be the same, got shape "
-            f"{logits.shape} and {target.shape}."
+            f"{logits.shape} and {target.shape}. " + hints.of_target(logits, target, False)
         )
     if target.shape[1] != 1 and target.shape[1] != logits.shape[1]:
         raise ValueError(
             "number of channels for target is neither 1 (without one-hot encoding) nor the same as input, "
-            f"got shape {logits.shape} and {target.shape}."
+            f"got shape {logits.shape} and {target.shape}. " + hints.of_target(logits, target, False)
         )
 
 

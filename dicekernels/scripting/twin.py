@@ -32,8 +32,6 @@ class Twin(nn.Module):
     __constants__: ClassVar[tuple[str, ...]] = ("has_act",)
 
     ACTIVATION: ClassVar[str] = "other_act"
-    # Methods of the loss that a subclass may override, beside forward.
-    METHODS: ClassVar[tuple[str, ...]] = ()
 
     if TYPE_CHECKING:
         original: tuple[nn.Module]  # in a tuple it is no submodule
@@ -50,7 +48,8 @@ class Twin(nn.Module):
         """
         twin = cls.__new__(cls)
         exact = {name: cast(getattr(loss, name)) for name, cast in EXACT.items() if hasattr(loss, name)}
-        state = {**loss.__dict__, **exact, **changed, "original": (loss,)}
+        own = {name: value for name, value in loss.__dict__.items() if not name.startswith("_traced_")}
+        state = {**own, **exact, **changed, "original": (loss,)}
         state["has_act"] = getattr(loss, cls.ACTIVATION, None) is not None
         state["_modules"] = dict(loss._modules)  # torch.jit.script replaces what is in it
         twin.__dict__.update(state)

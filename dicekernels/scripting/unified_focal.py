@@ -43,7 +43,9 @@ class UnifiedFocal(Twin):
     def forward(self, y_pred: Tensor, y_true: Tensor, mask: Tensor | None = None) -> Tensor:
         """As ``AsymmetricUnifiedFocalLoss.forward``."""
         if y_pred.ndim != 4 and y_pred.ndim != 5:
-            raise ValueError(f"input shape must be 4 or 5, but got {y_pred.shape}")
+            raise ValueError(
+                f"input shape must be 4 or 5, but got {y_pred.shape}: y_pred is (B, C, *S), S of 2 or 3 sizes"
+            )
         channels, ignored = y_pred.shape[1], self.ignore_index
         if channels == 1:
             rows.warn_single_channel(1, False, self.to_onehot_y, True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .. import hints
 from . import rows
 from .twin import Twin
 
@@ -30,9 +31,12 @@ class Wasserstein(Twin):
         if classes != self.m.shape[0]:
             raise RuntimeError(
                 f"logits: got {classes} channels, expected {self.m.shape[0]} as dist_matrix has classes"
+                + hints.target_remedy(
+                    list(input.shape), list(target.shape), True, hints.swapped(input, target)
+                )
             )
         if target.ndim == 0 or target.shape[0] != samples or target.numel() * classes != input.numel():
-            raise RuntimeError(f"target: got shape {target.shape}, expected labels for logits {input.shape}")
+            raise RuntimeError(hints.of_target(input, target, True))
         flat = input.flatten(2) if input.ndim > 2 else input.unsqueeze(2)
         labels = target.reshape(samples, 1, flat.shape[2])
         weights: Tensor | None = None

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import hints
 from . import rows
 from .twin import Twin
 
@@ -17,7 +18,6 @@ from .twin import Twin
 class DeepSupervision(Twin):
     """``DeepSupervisionLoss``; ``input`` is a list of tensors or one tensor."""
 
-    METHODS: ClassVar[tuple[str, ...]] = ("get_loss", "get_weights")
     __constants__: ClassVar[tuple[str, ...]] = ("has_act", "takes_mask")
 
     if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class DeepSupervision(Twin):
         total = torch.zeros((), device=target.device)
         for level, output in enumerate(input):
             space = list(output.shape[2:])
+            if target.ndim != output.ndim and target.ndim != output.ndim - 1:
+                raise ValueError(hints.of_target(output, target, False))
             if target.ndim == output.ndim - 1:
                 resized = self.resized(target.unsqueeze(1), space, self.interp_mode).squeeze(1)
             else:

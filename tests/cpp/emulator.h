@@ -45,6 +45,7 @@ T* shared_array(const void* tag) {
 
 // The last error of a launch, until cudaGetLastError() takes it.
 inline thread_local cudaError_t last_error = cudaSuccess;
+inline thread_local int current_device = 0;
 
 // Of each kernel, the dynamic shared memory that cudaFuncSetAttribute allows it.
 struct SharedLimits {
@@ -110,8 +111,10 @@ constexpr bool is_one_of = (std::is_same_v<T, Allowed> || ...);
 template <typename T, typename F>
 T atomic(T* address, F f) {
   if (current) current->machine->yield(*current);
+  races::in_atomic(true);
   const T old = *address;
   *address = f(old);
+  races::in_atomic(false);
   return old;
 }
 
@@ -323,6 +326,17 @@ inline const char* cudaGetErrorString(cudaError_t error) {
       return "invalid configuration argument";
   }
   return "unrecognized error code";
+}
+// Every device there is, is this CPU; the one of this number refuses to become current.
+inline constexpr int kRefusedDevice = 99;
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = emulator::current_device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+  if (device == kRefusedDevice) return emulator::last_error = cudaErrorInvalidValue;
+  emulator::current_device = device;
+  return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t = nullptr) {
   if (bytes) std::memset(to, value, bytes);

@@ -267,19 +267,6 @@ extern "C" __attribute__((visibility("default"))) void emulator_test_order(int* 
 }
 
 int main(int argc, char** argv) {
-  const std::string name = argc > 1 ? argv[1] : "";
-  if (name == "--overrun") overrun_shared_memory(argc > 2);
-  for (const Check& check : checks()) {
-    if (name != check.name) continue;
-    try {
-      check.run();
-    } catch (const std::exception& error) {
-      std::printf("%s: %s\n", check.name, error.what());
-      return 1;
-    }
-    std::printf("%s: passed\n", check.name);
-    return 0;
-  }
-  std::printf("usage: emulator_test NAME | --overrun [dynamic]\n");
-  return 2;
+  if (argc > 1 && std::string(argv[1]) == "--overrun") overrun_shared_memory(argc > 2);
+  return run_check(argc, argv);
 }

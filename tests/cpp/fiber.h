@@ -104,7 +104,8 @@ struct Point {
 #if DK_EMULATOR_ASM
 // Saves what a System V callee must preserve, and returns to where `to` was saved. `noipa` keeps
 // the compiler from concluding anything from the body, such as which registers survive.
-__attribute__((naked, noipa)) inline void switch_stack(void** /*from*/, void* /*to*/) {
+__attribute__((naked, noipa, no_sanitize("thread"))) inline void switch_stack(void** /*from*/,
+                                                                              void* /*to*/) {
   asm("pushq %rbp\n\t"
       "pushq %rbx\n\t"
       "pushq %r12\n\t"

@@ -16,6 +16,7 @@
 
 #include "cuda_types.h"
 #include "fiber.h"
+#include "races.h"
 #include "schedule.h"
 #include "shared_memory.h"
 
@@ -121,6 +122,7 @@ class Machine {
     const Cleanup cleanup{*this};
     launch_ = &launch;
     shared_ = SharedMemory(launch.dynamic_bytes);
+    races::watch(shared_.dynamic(), launch.dynamic_bytes);
     grid_dim = launch.grid;
     block_dim = launch.block;
     schedule_ = schedule();
@@ -163,6 +165,7 @@ class Machine {
     ++arrived_;
     release_barrier_if_complete();
     wait(self, site, 0);
+    races::passed_barrier();
   }
 
   // The current thread waits until every lane of the mask is here. Gives what `combine` gave it.
@@ -190,6 +193,8 @@ class Machine {
       warp.ready |= mask;
     }
     wait(self, site, mask);
+    // A shuffle or a vote orders no memory; they come with a `combine`.
+    if (!combine) races::passed_syncwarp();
     return warp.result[self.lane];
   }
 
@@ -201,7 +206,9 @@ class Machine {
       fail(std::to_string(total) + " bytes of static shared memory and " +
            std::to_string(launch_->dynamic_bytes) + " of dynamic exceed the limit");
     }
-    return shared_.declare(tag, bytes);
+    void* array = shared_.declare(tag, bytes);
+    races::watch(array, bytes);
+    return array;
   }
 
   unsigned char* dynamic_shared() { return shared_.dynamic(); }
@@ -232,6 +239,7 @@ class Machine {
       machine.live_ = 0;
       machine.failure_ = nullptr;
       machine.shared_ = SharedMemory();
+      races::unwatch();
     }
   };
 
@@ -254,6 +262,7 @@ class Machine {
     arrived_ = 0;
     idle_yields_ = 0;
     shared_.next_block();
+    races::begin_block();
     for (size_t w = 0; w < warps_.size(); ++w) {
       Warp& warp = warps_[w];
       const size_t lanes = std::min<size_t>(32, live_ - 32 * w);
@@ -291,6 +300,7 @@ class Machine {
 
   void resume(Thread& thread) {
     current = &thread;
+    races::runs(static_cast<uint32_t>(&thread - threads_.data()));
     Warp& warp = *thread.warp;
     const uint32_t bit = 1u << thread.lane;
     if (warp.fresh & bit) {

@@ -1,6 +1,7 @@
 // Named checks of a test program, and what they expect.
 #pragma once
 
+#include <cstdio>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -17,6 +18,24 @@ inline std::vector<Check>& checks() {
 struct Registered {
   Registered(const char* name, void (*run)()) { checks().push_back({name, run}); }
 };
+
+// Of a test program's main(): runs the check that the first argument names, 2 if there is none.
+inline int run_check(int argc, char** argv) {
+  const std::string name = argc > 1 ? argv[1] : "";
+  for (const Check& check : checks()) {
+    if (name != check.name) continue;
+    try {
+      check.run();
+    } catch (const std::exception& error) {
+      std::printf("%s: %s\n", check.name, error.what());
+      return 1;
+    }
+    std::printf("%s: passed\n", check.name);
+    return 0;
+  }
+  std::printf("'%s' is none of the checks\n", name.c_str());
+  return 2;
+}
 
 // What follows is the body of a function.
 #define CHECK(name)                                       \

@@ -50,6 +50,7 @@ from .totals import (
     add_terms,
     class_values,
     factor,
+    finish_half,
     load_row,
     store_loss,
     store_slopes,
@@ -161,11 +162,13 @@ def finish_kernel(
 
     outputs = 1 if FORMULA == GENERALIZED else classes - SKIPPED
     terms = outputs if BATCH else samples * outputs
-    share = factor(region_lambda, region_value)
+    region_factor = factor(region_lambda, region_value)
+    weight = zeros + 1
     if REDUCTION == REDUCE_MEAN:
-        share = share / double(terms)
+        weight = weight / double(terms)
     if FORMULA == RATIO and class_weight is not None:
-        share = share * class_values(class_weight, c - SKIPPED, overlaps)
+        weight = weight * class_values(class_weight, c - SKIPPED, overlaps)
+    share = region_factor * weight
     region, d_i, d_fp, d_fn, d_tn = zeros, zeros, zeros, zeros, zeros
     if BATCH and FORMULA != NONE:
         i, fp, fn = tl.sum(i, 0, keep_dims=True), tl.sum(fp, 0, keep_dims=True), tl.sum(fn, 0, keep_dims=True)
@@ -175,7 +178,19 @@ def finish_kernel(
         )
         mask = (b == 0) & (c < classes)
         region = add_terms(
-            region, loss, share * value, b, c, mask, outputs, spoilt, FORMULA, SKIPPED, REDUCTION
+            region,
+            loss,
+            value,
+            weight,
+            region_factor,
+            b,
+            c,
+            mask,
+            outputs,
+            spoilt,
+            FORMULA,
+            SKIPPED,
+            REDUCTION,
         )
 
     voxel_factor = factor(voxel_lambda, voxel_value)
@@ -199,7 +214,19 @@ def finish_kernel(
                 i, fp, fn, g, tn, overlaps & valid, numbers, FORMULA, TRANSFORM, GDL_WEIGHT
             )
             region = add_terms(
-                region, loss, share * value, sample, c, valid, outputs, spoilt, FORMULA, SKIPPED, REDUCTION
+                region,
+                loss,
+                value,
+                weight,
+                region_factor,
+                sample,
+                c,
+                valid,
+                outputs,
+                spoilt,
+                FORMULA,
+                SKIPPED,
+                REDUCTION,
             )
         store_slopes(coef, at, tl.where(overlaps, share * d_i, zeros), valid, spoilt, PLACES[ROW_I])
         store_slopes(coef, at, tl.where(overlaps, share * d_fp, zeros), valid, spoilt, PLACES[ROW_FP])
@@ -212,29 +239,31 @@ def finish_kernel(
             divisor = denominator
             if DENOMINATOR == SAMPLES:
                 divisor = load_row(totals, sample * classes * WIDTH, sample < samples, PLACES[ROW_N])
-            scale = voxel_factor / divisor
+            inverse = 1 / divisor
             if not EMPTY:
                 # Nothing to learn from (all voxels ignored, or only classes of weight 0): 0, not 0/0.
-                scale = tl.where(divisor == 0, 0.0, scale)
-            by_pos = zeros + scale * pos * (1 - smoothing)
-            by_ls = zeros + scale * pos * (smoothing / classes)
-            by_neg = zeros + scale * neg
+                inverse = tl.where(divisor == 0, 0.0, inverse)
+            scale = voxel_factor * inverse
+            by_pos = zeros + pos * (1 - smoothing)
+            by_ls = zeros + pos * (smoothing / classes)
+            by_neg = zeros + neg
             term = by_pos * load_row(totals, at, valid, PLACES[ROW_POS])
             term += by_ls * load_row(totals, at, valid, PLACES[ROW_LS])
             term += by_neg * load_row(totals, at, valid, PLACES[ROW_NEG])
+            term = term * inverse
             if not EMPTY:
                 term = tl.where(divisor == 0, 0.0, term)
             voxel += tl.where(valid, term, 0.0)
-            store_slopes(coef, at, by_pos, valid, spoilt, PLACES[ROW_POS])
-            store_slopes(coef, at, by_ls, valid, spoilt, PLACES[ROW_LS])
-            store_slopes(coef, at, by_neg, valid, spoilt, PLACES[ROW_NEG])
+            store_slopes(coef, at, scale * by_pos, valid, spoilt, PLACES[ROW_POS])
+            store_slopes(coef, at, scale * by_ls, valid, spoilt, PLACES[ROW_LS])
+            store_slopes(coef, at, scale * by_neg, valid, spoilt, PLACES[ROW_NEG])
 
     if REDUCTION != REDUCE_NONE:
-        total = tl.sum(region)
+        total = finish_half(tl.sum(region), region_factor, loss)
         # As torch: the mean of nothing and the quotient of two sums over no sample.
         if FORMULA != NONE and REDUCTION == REDUCE_MEAN:
             total = tl.where(terms == 0, float("nan"), total)
-        total += tl.sum(voxel)
+        total += finish_half(tl.sum(voxel), voxel_factor, loss)
         if HAS_VOXEL_TERM and DENOMINATOR != ONE and DENOMINATOR != SAMPLES:
             total = tl.where(samples == 0, float("nan"), total)
         store_loss(loss, 0, tl.where(spoilt, float("nan"), total), None)

@@ -18,12 +18,17 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from ..gpus import capturing
 from .support import compiles_ptx
 
 # Layouts whose launches are remembered, the oldest forgotten first: patches may differ in size without end.
 LIMIT = 1024
 # The interpreter compiles nothing; compilers for AMD and Intel look at more of a tensor than ``launch`` does.
 REPLAYS = compiles_ptx()
+
+
+class CaptureError(RuntimeError):
+    """A kernel would be loaded while a CUDA graph is captured."""
 
 
 class Launch(NamedTuple):
@@ -42,8 +47,20 @@ class Launch(NamedTuple):
     meta: dict[str, Any]
 
     def run(self, device: torch.device) -> Any:
-        """Launches on the current stream of ``device``; nothing synchronises. Returns the compiled kernel."""
+        """Launches on the current stream of ``device``; nothing synchronises. Returns the compiled kernel.
+
+        Raises:
+            CaptureError: the stream is captured in a graph, and the kernel was never launched on the device.
+        """
         with _current(device):
+            # The first launch loads a module, which the driver forbids while a stream is captured.
+            if capturing(device) and getattr(self.compile(), "module", None) is None:
+                raise CaptureError(
+                    f"{self.kernel.__name__}: got its first launch for tensors of this kind on {device} "
+                    "while a CUDA graph is captured, expected one before: it loads the kernel, which the "
+                    "driver forbids in a capture. Run one step on tensors of the same shapes, dtypes and "
+                    "layouts before the capture, as torch.cuda.make_graphed_callables does"
+                )
             return self.kernel[self.grid](*self.args, **self.meta)
 
     def compile(self) -> Any:

@@ -66,8 +66,8 @@ def store_slopes(coef, at, slope, mask, spoilt, PLACE: tl.constexpr):
 
 
 @triton.jit
-def store_loss(loss, at, value, mask):
-    """Rounded from float64 as ``Tensor.to`` does: half precision by way of float32."""
+def rounded(value, loss):
+    """Float64 in the dtype of ``loss`` as ``Tensor.to`` rounds: half precision by way of float32."""
     dtype: tl.constexpr = loss.dtype.element_ty
     if dtype == tl.float16 or dtype == tl.bfloat16:
         value = value.to(tl.float32)
@@ -76,7 +76,20 @@ def store_loss(loss, at, value, mask):
         bits = value.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
-    tl.store(loss + at, value.to(dtype), mask=mask)
+    return value.to(dtype)
+
+
+@triton.jit
+def finish_half(value, factor, loss):
+    """A half as it is alone, times its lambda, which torch takes as float32 beside all but float64."""
+    if loss.dtype.element_ty != tl.float64:
+        factor = factor.to(tl.float32).to(tl.float64)
+    return as_double(rounded(as_double(rounded(value, loss)) * factor, loss))
+
+
+@triton.jit
+def store_loss(loss, at, value, mask):
+    tl.store(loss + at, rounded(value, loss), mask=mask)
 
 
 @triton.jit
@@ -84,6 +97,8 @@ def add_terms(
     region,
     loss,
     value,
+    weight,
+    factor,
     group,
     c,
     mask,
@@ -93,7 +108,8 @@ def add_terms(
     SKIPPED: tl.constexpr,
     REDUCTION: tl.constexpr,
 ):
-    """Terms of the overlap loss, to their places if there is no reduction, else to those before."""
+    """Terms of the overlap loss: times ``factor`` to their places if there is no reduction, else times
+    ``weight`` to those before."""
     if FORMULA == GENERALIZED:
         mask = mask & (c == 0)
         at = tl.where(mask, group, 0)
@@ -101,7 +117,8 @@ def add_terms(
         mask = mask & (c >= SKIPPED)
         at = tl.where(mask, group * outputs + c - SKIPPED, 0)
     if REDUCTION == REDUCE_NONE:
+        value = finish_half(weight * value, factor, loss)
         store_loss(loss, at, tl.where(spoilt, float("nan"), value), mask)
     else:
-        region += tl.where(mask, value, 0.0)
+        region += tl.where(mask, weight * value, 0.0)
     return region
