@@ -208,10 +208,8 @@ class CMakeBuild(build_ext):
             options["Python_EXECUTABLE"] = sys.executable
         cmake = tool("cmake")
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        kinds = (
-            "the CPU and CUDA libraries, minutes for each GPU architecture" if compiler else "the CPU library"
-        )
-        print(f"compiling {kinds} with {jobs} jobs (docs/install.md has times)", flush=True)
+        what = "CPU and CUDA libraries (5 to 10 minutes" if compiler else "CPU library (about a minute"
+        print(f"compiling the {what} on two cores, docs/install.md) with {jobs} jobs", flush=True)
         flags = [f"-D{key}={value}" for key, value in options.items()]
         for command in (
             [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *flags],
