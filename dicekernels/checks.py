@@ -262,7 +262,8 @@ def focal_alpha(
     """
     if alpha is None or isinstance(alpha, (float, int)):
         return alpha
-    alpha = as_alpha(alpha, device)
+    alpha = as_weight(alpha, "alpha", device)
+    assert alpha is not None
     if alpha.ndim > 0 and alpha.shape[0] != classes:
         which = "the classes without the background" if skipped else "every class, the background included"
         raise ValueError(
@@ -270,12 +271,6 @@ def focal_alpha(
             f"one value for {which}"
         )
     return alpha
-
-
-def as_alpha(alpha: Any, device: torch.device | None = None) -> Tensor:
-    """An alpha as :func:`as_weight` takes a weight."""
-    expected = "None, a number, or a number for each class as a list, an array or a tensor"
-    return _placed("alpha", as_tensor("alpha", alpha, expected, device), device)
 
 
 def ce_weight(weight: Tensor | None, classes: int) -> Tensor | None:

@@ -5,7 +5,8 @@ calls on the device look at the counts that have arrived, in the order of their 
 LabelRangeError for one that is not 0. Nobody waits for a count: one that no later call finds raises nothing.
 
 Not counted, so that the loss is NaN with zero gradient and no error follows: what torch.compile or a CUDA
-graph runs, what PyTorch computes inside a transform of torch.func, and devices without events or pinned memory.
+graph runs, what PyTorch computes inside a transform of torch.func, and devices without events or pinned
+memory.
 """
 
 from __future__ import annotations

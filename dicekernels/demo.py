@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from .data import TASKS
-from .dispatch import BACKENDS, refusals, use_backend
+from .dispatch import BACKENDS, use_backend
 from .env import backend_line
 
 # The extra `demo`.
@@ -73,7 +73,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("demo.png"), help="picture (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.backend:
-        reason = refusals(torch.empty(1, 4, 1, device="cpu"))[options.backend]
+        backend = BACKENDS[options.backend]
+        reason = backend.available() or backend.can_run("cpu", torch.float32, 4)
         if reason:
             parser.error(f"--backend {options.backend}: {reason}")
     return options

@@ -160,10 +160,7 @@ def gdl_class_weight(volume: Tensor, kind: GdlWeight) -> Tensor:
     single = volume.detach().float()
     infinite = torch.isinf(1 / (single * single if kind == GdlWeight.SQUARE else single))
     finite = torch.where(infinite, 1.0, volume)
-    weight = torch.where(infinite, 0.0, 1 / (finite * finite if kind == GdlWeight.SQUARE else finite))
-    if weight.shape[1] == 0:
-        return weight
-    return torch.where(infinite, weight.max(1, keepdim=True).values, weight)
+    return _largest_finite(1 / (finite * finite if kind == GdlWeight.SQUARE else finite), infinite)
 
 
 def custom_class_weight(volume: Tensor, function: VolumeWeight, batch: bool) -> Tensor:
@@ -173,16 +170,23 @@ def custom_class_weight(volume: Tensor, function: VolumeWeight, batch: bool) -> 
         ValueError: it made another shape.
     """
     given = volume.detach().float()
-    weight = function(given[0] if batch else given)
-    if weight.shape != (given[0] if batch else given).shape:
+    given = given[0] if batch else given
+    weight = function(given)
+    if weight.shape != given.shape:
         raise ValueError(
             f"w_func: got weights of shape {tuple(weight.shape)}, expected one for each volume: "
-            f"{tuple((given[0] if batch else given).shape)}"
+            f"{tuple(given.shape)}"
         )
     weight = weight.reshape(volume.shape).to(volume)
-    infinite = weight.isinf()
+    return _largest_finite(weight, weight.isinf())
+
+
+def _largest_finite(weight: Tensor, infinite: Tensor) -> Tensor:
+    """Weights (groups, classes); an infinite one becomes the largest of the others of its group, or 0."""
     finite = torch.where(infinite, 0.0, weight)
-    return torch.where(infinite, finite.amax(1, keepdim=True), weight) if weight.shape[1] else weight
+    if weight.shape[1] == 0:
+        return finite
+    return torch.where(infinite, finite.amax(1, keepdim=True), finite)
 
 
 def finish_voxel(

@@ -97,7 +97,7 @@ def test_eager_by_force_or_for_want_of_a_kernel(monkeypatch):
         assert sentence(DiceCELoss(**HOT)) == start + "'eager' is forced" + NOTHING
         assert sentence(region_sums) == start + "'eager' is forced" + NOTHING
     monkeypatch.setitem(dispatch._unavailable, "cpu", "the library is not there\nand more")
-    assert sentence(DiceCELoss(**HOT)) == start + "the library is not there" + NOTHING
+    assert sentence(DiceCELoss(**HOT)) == start + "cpu: the library is not there" + NOTHING
     monkeypatch.undo()
     told = sentence(GeneralizedWassersteinDiceLoss(1 - torch.eye(4)))
     assert told == start + "generalized_wasserstein_dice_loss has no kernel" + NOTHING

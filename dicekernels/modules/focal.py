@@ -55,7 +55,7 @@ class FocalLoss(Loss):
         self.use_softmax = use_softmax
         self.alpha: float | Tensor | None = None
         if alpha is not None:
-            self.alpha = float(alpha) if isinstance(alpha, (float, int)) else checks.as_alpha(alpha)
+            self.alpha = float(alpha) if isinstance(alpha, (float, int)) else checks.as_weight(alpha, "alpha")
         self.register_buffer("class_weight", checks.as_weight(weight))
         self.class_weight: Tensor | None  # not in the class: TorchScript would read it there
         self.ignore_index = ignore_index
