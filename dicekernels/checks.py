@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import hints
-from .kinds import as_tensor, dense_tensor, traced
+from .tensors import as_tensor, dense_tensor, traced
 
 Weight = float | Sequence[float] | Tensor | None
 _Name = TypeVar("_Name", bound=str)

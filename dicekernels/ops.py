@@ -25,7 +25,6 @@ from . import finish as formulas
 from .backends import eager, native
 from .backends.eager import LabelRangeError
 from .derivatives import Gradient
-from .kinds import traced
 from .spec import (
     BAD,
     Activation,
@@ -42,6 +41,7 @@ from .spec import (
     chunk_count,
     row_index,
 )
+from .tensors import traced
 
 SUMS_ARGS = (
     "bool dense, int activation, int overlap, int voxel_term, int rows, int? ignore_index, "

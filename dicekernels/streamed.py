@@ -15,8 +15,8 @@ from torch import Tensor
 from . import deferred, dispatch
 from .backends import eager
 from .evaluate import record_step
-from .kinds import traced
 from .spec import BAD, Activation, SumsSpec
+from .tensors import traced
 
 # Called with the pieces (B, C, v), (B or 1, K, v), ...; None stays None.
 Terms = Callable[..., Tensor]

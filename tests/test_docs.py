@@ -202,3 +202,11 @@ def test_every_file_that_a_page_names_exists() -> None:
         for span in re.findall(r"`([\w./-]+)`", prose):
             if Path(span).suffix in sources and span not in ("Python.h", "_build_info.json"):
                 assert any(file.endswith(f"/{span}") for file in files), f"{page}: {span}"
+
+
+def test_the_layout_of_the_package_names_every_module() -> None:
+    page = (ROOT / "docs" / "contributing.md").read_text()
+    table = page[page.index("## Layout") : page.index("## Rules")]
+    modules = {path.name for path in (ROOT / "dicekernels").glob("[a-z]*.py")}
+    named = set(re.findall(r"`(?:dicekernels/)?(\w+\.py)`", table))
+    assert modules <= named, modules - named

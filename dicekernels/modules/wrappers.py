@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from .. import checks, hints
 from ..arguments import documented
-from ..kinds import tensor
 from ..overrides import overridden, remember
 from ..prepare import kernel_dtype, like_input, plain
 from ..scripting import scriptable
+from ..tensors import tensor
 from .base import Loss
 from .compound import DiceCELoss
 from .focal import DiceFocalLoss, FocalLoss, GeneralizedDiceFocalLoss
