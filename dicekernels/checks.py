@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import hints
-from .tensors import as_tensor, dense_tensor, traced
+from .tensors import as_tensor, dense_tensor, readable
 
 Weight = float | Sequence[float] | Tensor | None
 _Name = TypeVar("_Name", bound=str)
@@ -30,11 +30,18 @@ def activation_options(sigmoid: bool, softmax: bool, other_act: Callable[[Tensor
     """
     if other_act is not None and not callable(other_act):
         raise TypeError(f"other_act must be None or callable but is {type(other_act).__name__}.")
-    if int(sigmoid) + int(softmax) + int(other_act is not None) > 1:
+    if _flag("sigmoid", sigmoid) + _flag("softmax", softmax) + int(other_act is not None) > 1:
         raise ValueError(
             "Incompatible values: more than 1 of [sigmoid=True, softmax=True, other_act is not None]. "
             f"Got sigmoid={sigmoid}, softmax={softmax}, other_act={other_act}; keep one."
         )
+
+
+def _flag(name: str, value: Any) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: got {value!r}, expected True or False") from None
 
 
 def option(name: str, value: Any, allowed: tuple[_Name, ...]) -> _Name:
@@ -95,9 +102,7 @@ def voxel_weights(mask: Tensor | None, logits: Tensor) -> None:
         ValueError: another shape, or a weight below 0.
     """
     mask_shape(mask, logits)
-    if mask is None or traced() or torch._C._are_functorch_transforms_active():
-        return
-    if type(mask) not in (Tensor, nn.Parameter) or not (mask.is_floating_point() or mask.dtype.is_signed):
+    if mask is None or not readable(mask) or not (mask.is_floating_point() or mask.dtype.is_signed):
         return
     if mask.device.type != "cpu" and os.environ.get("DICEKERNELS_CHECK") != "1":
         return
@@ -116,8 +121,14 @@ def hooked(*modules: nn.Module) -> bool:
 
 
 def non_negative(name: str, value: float) -> None:
-    """Raises ValueError for a factor below zero."""
-    if value < 0.0:
+    """Raises ValueError for a factor below zero, TypeError for what is no number."""
+    try:
+        below = bool(value < 0.0)
+    except TypeError:
+        raise TypeError(
+            f"{name}: got {value!r}, expected a number of at least 0, or a tensor of one"
+        ) from None
+    if below:
         raise ValueError(f"{name} should be no less than 0.0. Got {value}; 0 switches its term off.")
 
 
@@ -213,7 +224,7 @@ def class_weight(
 
 def _counts(weight: Tensor, rule: str) -> None:
     """Raises ValueError for a value that is negative or not finite."""
-    if torch.compiler.is_compiling():
+    if not readable(weight):
         return
     # A tensor of inference mode counts no versions: it is read every time.
     version = None if weight.is_inference() else weight._version
@@ -264,6 +275,11 @@ def focal_alpha(
         return alpha
     alpha = as_weight(alpha, "alpha", device)
     assert alpha is not None
+    if alpha.ndim > 1:
+        raise ValueError(
+            f"alpha: got shape {tuple(alpha.shape)}, expected {classes} values in one dimension, or one "
+            "number; use alpha.flatten()"
+        )
     if alpha.ndim > 0 and alpha.shape[0] != classes:
         which = "the classes without the background" if skipped else "every class, the background included"
         raise ValueError(
@@ -295,8 +311,8 @@ def ce_weight(weight: Tensor | None, classes: int) -> Tensor | None:
 
 
 def label_smoothing(value: float) -> None:
-    """Raises RuntimeError outside [0, 1], as torch."""
-    if not 0.0 <= value <= 1.0:
+    """Raises RuntimeError outside [0, 1], as torch, and TypeError for what is no number."""
+    if not 0.0 <= constant("label_smoothing", value) <= 1.0:
         raise RuntimeError(f"label_smoothing: got {value}, expected a value between 0.0 and 1.0")
 
 
@@ -333,6 +349,7 @@ def factor(name: str, value: float | Tensor, logits: Tensor) -> Tensor | None:
         ValueError: a number below zero, or a tensor with more than one value or of another device.
     """
     if isinstance(value, Tensor):
+        dense_tensor(name, value)
         if value.numel() != 1:
             raise ValueError(f"{name}: got {value.numel()} values, expected one number")
         if value.device.type != "cpu":
@@ -413,4 +430,7 @@ def constant(name: str, value: Any) -> float:
         raise TypeError(
             f"{name}: got a tensor that requires a gradient, expected a number; use {name}.detach()"
         )
-    return float(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise type(error)(f"{name}: got {value!r:.80}, expected a number") from None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .arguments import documented
 from .backends import native
@@ -46,11 +47,13 @@ def explain(loss: Callable[..., Any], logits: Tensor | Sequence[Tensor], target:
     given = [*outputs, target, *(x for x in more.values() if isinstance(x, Tensor))]
     if isinstance(loss, nn.Module):
         given += [*loss.parameters(), *loss.buffers()]
-    values = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, Tensor)]
+    values = [x for x in tree_leaves(value) if isinstance(x, Tensor)]
     size = sum(output.numel() * output.element_size() for output in outputs)
-    lines = [_sentence(calls, any(x.requires_grad for x in values), _kept(values, given), size)]
+    wanted = torch.is_grad_enabled() and any(output.requires_grad for output in outputs)
+    graph = any(x.requires_grad for x in values) if values else wanted
+    lines = [_sentence(calls, graph, _kept(values, given) if values or not wanted else None, size)]
     lines += [call.line if isinstance(call, Step) else _told(call).lines for call in calls]
-    if not (torch.is_grad_enabled() and any(output.requires_grad for output in outputs)):
+    if not wanted:
         lines.append("note: no gradient is recorded for these logits; backward was not considered")
     return "\n".join(lines)
 
@@ -60,8 +63,13 @@ def _told(call: Call) -> Told:
     return call.told
 
 
-def _sentence(calls: Sequence[Call | Step], graph: bool, kept: int, size: int) -> str:
-    """The whole in plain words; ``kept``: bytes beside the given tensors, ``size``: those of the logits."""
+def _sentence(calls: Sequence[Call | Step], graph: bool, kept: int | None, size: int) -> str:
+    """The whole in plain words.
+
+    Args:
+        kept: bytes beside the given tensors, None if there was no result to measure them at.
+        size: bytes of the logits.
+    """
     remarks = [call.reason for call in calls if isinstance(call, Step) and not call.backend]
     ran = [call if isinstance(call, Step) else _told(call) for call in calls]
     ran = [one for one in ran if one.backend]
@@ -101,8 +109,10 @@ def _names(backends: Sequence[str]) -> str:
 
 
 def _memory(
-    calls: Sequence[Call | Step], ran: Sequence[Step | Told], graph: bool, kept: int, size: int
+    calls: Sequence[Call | Step], ran: Sequence[Step | Told], graph: bool, kept: int | None, size: int
 ) -> str:
+    if kept is None:
+        return "what is kept for backward was not measured, since no tensor was returned"
     if not graph:
         return "no gradient is recorded, so nothing is kept for backward"
     aside = any(one.backend == "" or (one.backend == "eager" and one.whole) for one in ran) or any(

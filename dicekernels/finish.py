@@ -29,6 +29,7 @@ from .spec import (
     Transform,
     row_index,
 )
+from .tensors import dense_tensor
 
 # Class weights of the generalized Dice loss from volumes, float32 (B, K) or, with ``batch``, (K,).
 VolumeWeight = Callable[[Tensor], Tensor]
@@ -172,6 +173,7 @@ def custom_class_weight(volume: Tensor, function: VolumeWeight, batch: bool) -> 
     given = volume.detach().float()
     given = given[0] if batch else given
     weight = function(given)
+    dense_tensor("the result of w_func", weight)
     if weight.shape != given.shape:
         raise ValueError(
             f"w_func: got weights of shape {tuple(weight.shape)}, expected one for each volume: "

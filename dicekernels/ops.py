@@ -41,7 +41,7 @@ from .spec import (
     chunk_count,
     row_index,
 )
-from .tensors import traced
+from .tensors import readable
 
 SUMS_ARGS = (
     "bool dense, int activation, int overlap, int voxel_term, int rows, int? ignore_index, "
@@ -325,8 +325,7 @@ def call_sums(namespace: str, logits: Tensor, target: Tensor, mask: Tensor | Non
 def eager_totals(logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec) -> Tensor:
     """Sums (B, C, R) in PyTorch, differentiable in every tensor; labels out of range as in ``call_sums``."""
     slots = eager.sums(logits, target, mask, spec)
-    hidden = traced() or torch._C._are_functorch_transforms_active() or type(slots) is not Tensor
-    if spec.rows & BAD and not hidden:
+    if spec.rows & BAD and readable(slots):
         deferred.raise_earlier(logits.device)
         mask = None if mask is None else mask.detach()
         _count(slots.detach(), logits, target.detach(), mask, spec)

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import checks, deferred, hints
 from .backends import eager
 from .spec import BAD, Activation, SumsSpec
+from .tensors import dense_tensor, readable
 
 OtherAct = Callable[[Tensor], Tensor] | None
 
@@ -63,8 +64,14 @@ def like_input(loss: Tensor, *inputs: Tensor | None) -> Tensor:
 
 
 def kernel_dtype(tensor: Tensor) -> Tensor:
-    """Unsigned integers wider than a byte, with which torch itself can do little, as signed ones."""
-    wider = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
+    """Unsigned integers wider than a byte, with which torch itself can do little, as signed ones.
+
+    What only uint64 holds becomes the largest int64: no class, and no ``ignore_index``.
+    """
+    if tensor.dtype == torch.uint64:
+        wrapped = tensor.to(torch.int64)
+        return torch.where(wrapped < 0, torch.iinfo(torch.int64).max, wrapped)
+    wider = {torch.uint16: torch.int32, torch.uint32: torch.int64}
     return tensor.to(wider[tensor.dtype]) if tensor.dtype in wider else tensor
 
 
@@ -90,7 +97,7 @@ def dense_labels(target: Tensor, logits: Tensor, ignore_index: int | None) -> Te
     labels = labels.reshape(logits.shape[0], 1, *logits.shape[2:])
     ignored = eager.ignored_labels(labels, spec)
     bad = ((labels.long() < 0) | (labels.long() >= classes)) & ~ignored
-    if not torch.compiler.is_compiling():
+    if readable(labels):
         if deferred.reads_at_once(labels.device):
             eager.check_labels(bad.flatten(1).sum(1, keepdim=True), labels, None, classes, spec)
         else:
@@ -145,6 +152,7 @@ def prepare(
             activation = Activation.SOFTMAX
     if other_act is not None:
         logits = other_act(logits)
+        dense_tensor("the result of other_act", logits)
         notes.append(
             "other_act runs in PyTorch and its result of the logits' size is kept for its own backward"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def traced() -> bool:
@@ -13,6 +13,16 @@ def traced() -> bool:
     # torch documents is_tracing, but neither exports nor types it.
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return torch.compiler.is_compiling() or tracing
+
+
+def readable(value: Tensor) -> bool:
+    """Whether the values of a tensor may be read: no trace, transform or fake tensor hides them."""
+    return (
+        type(value) in (Tensor, nn.Parameter)
+        and not value.is_meta
+        and not traced()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def tensor(name: str, value: Any) -> None:
@@ -50,6 +60,8 @@ def dense_tensor(name: str, value: Any) -> None:
         raise TypeError(
             f"{name}: got the quantized {value.dtype}, expected a plain dtype; use {name}.dequantize()"
         )
+    if value.is_floating_point() and value.element_size() == 1:
+        raise TypeError(f"{name}: got {value.dtype}, expected a dtype to compute in; use {name}.bfloat16()")
     if value.is_complex():
         raise TypeError(f"{name}: got {value.dtype}, expected a real dtype; use {name}.real or {name}.abs()")
 

@@ -190,3 +190,11 @@ def test_the_choice_is_told_as_it_was_inside_the_callable():
         return value
 
     assert re.match(ONCE, sentence(stepped, LOGITS.detach().requires_grad_()))
+
+
+def test_results_in_lists_and_no_results():
+    loss = DiceCELoss(**HOT)
+    assert sentence(lambda z, y: {"loss": [loss(z, y)]}) == sentence(loss)
+    told = sentence(lambda z, y: loss(z, y).backward())
+    assert told.endswith("what is kept for backward was not measured, since no tensor was returned.")
+    LOGITS.grad = None

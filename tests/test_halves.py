@@ -48,7 +48,9 @@ class Problem:
             )
         else:
             self.target = torch.randint(0, classes, shape, generator=g)
-        self.lambdas = tuple(pick(0.5, 1.0, 1.5, float(torch.rand((), generator=g) * 3)) for _ in range(2))
+        # Most numbers are none of float32, which torch rounds them to.
+        random = 3 * torch.rand(2, generator=g, dtype=F64)
+        self.lambdas = tuple(pick(0.5, 1.0, 1.5, float(value)) for value in random)
         background = pick(True, False)
         kept = classes if background or classes == 1 else classes - 1
         weight = pick(None, 2.0, torch.rand(kept, generator=g)) if kept > 1 else None
@@ -57,9 +59,12 @@ class Problem:
             "to_onehot_y": not self.dense,
             "reduction": pick("mean", "sum"),
         }
-        self.overlap: dict[str, Any] = {"batch": pick(False, True), pick("softmax", "sigmoid"): True}
+        activation = pick({"softmax": True}, {"sigmoid": True}, {"other_act": torch.tanh})
+        self.overlap: dict[str, Any] = {"batch": pick(False, True), **activation}
         self.weight = weight
-        self.focal: dict[str, Any] = {"gamma": pick(0.5, 1.0, 2.0), "alpha": pick(None, 0.25)}
+        # For soft targets an alpha of each class has no kernel.
+        alphas = None if self.target.is_floating_point() else torch.rand(kept, generator=g)
+        self.focal: dict[str, Any] = {"gamma": pick(0.5, 1.0, 2.0), "alpha": pick(None, 0.25, alphas)}
         self.ignore_index = pick(None, None, 255 if not self.dense else None)
         if self.ignore_index is not None:
             self.target[torch.rand(shape, generator=g) < 0.2] = 255
@@ -145,6 +150,24 @@ def data() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 4, 5, 6, dtype=F64, generator=generator)
     return logits.requires_grad_(), torch.randint(3, (2, 1, 4, 5, 6), generator=generator)
+
+
+def test_halves_that_have_no_kernel_together():
+    """An ignored class of fractions beside voxel weights, logits without a space, an alpha of each class."""
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(20):
+        z, g = torch.randn(2, 3, 7, generator=generator), torch.rand(2, 3, 7, generator=generator)
+        m = torch.rand(2, 1, 7, generator=generator)
+        for tensors, more in (((z, g), {"mask": m}), ((z[..., 0], g[..., 0]), {})):
+            options = {"ignore_index": 0 if more else None}
+            whole = dicekernels.DiceFocalLoss(softmax=True, lambda_focal=0.7, **options)(*tensors, **more)
+            dice = dicekernels.DiceLoss(softmax=True, **options)(*tensors, **more)
+            focal = dicekernels.FocalLoss(mean_over_classes=True, **options)(*tensors, **more)
+            assert torch.equal(whole, dice + 0.7 * focal)
+        alpha = torch.rand(3, generator=generator)
+        whole = dicekernels.DiceFocalLoss(softmax=True, alpha=alpha, lambda_dice=0.3)(z, g)
+        halves = dicekernels.DiceLoss(softmax=True)(z, g), dicekernels.FocalLoss(alpha=alpha)(z, g)
+        assert torch.equal(whole, 0.3 * halves[0] + halves[1])
 
 
 every_compound = pytest.mark.parametrize("name", COMPOUNDS)
@@ -288,3 +311,42 @@ def test_a_rank_has_lambdas_of_its_own_and_may_validate_alone(tmp_path: Path) ->
     finally:
         for rank in ranks:
             rank.kill()
+
+
+def test_a_compiled_loss_reads_the_lambda_that_is_there():
+    logits, labels = data()
+    loss = dicekernels.DiceCELoss(**HOT)
+    del loss.lambda_ce
+    with pytest.raises((AttributeError, torch._dynamo.exc.Unsupported), match="lambda_ce"):
+        torch.compile(loss, fullgraph=True, backend="eager")(logits, labels)
+    factor = nn.Parameter(torch.tensor(0.2, dtype=F64))
+    loss.register_parameter("lambda_ce", factor)
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")(logits, labels)
+    assert torch.equal(compiled, loss(logits, labels))
+    compiled.backward()
+    assert factor.grad != 0
+
+    class Fixed(dicekernels.DiceCELoss):
+        lambda_ce = 0.5
+
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        loss = Fixed(**HOT)
+        fast = torch.compile(loss, fullgraph=True, backend="eager")
+        for value in (0.25, 0.75, 2.0):
+            loss.lambda_ce = value
+            assert fast(logits, labels).item() == loss(logits, labels).item()
+
+
+def test_a_negative_lambda_is_refused_also_as_a_tensor():
+    for value in (-1.0, torch.tensor(-1.0), nn.Parameter(torch.tensor(-1.0))):
+        with pytest.raises(ValueError, match="lambda_ce should be no less than 0.0"):
+            dicekernels.DiceCELoss(lambda_ce=value)
+
+
+def test_a_copy_may_learn_its_lambda_alone():
+    loss = dicekernels.DiceCELoss(**HOT)
+    copied = copy.copy(loss)
+    copied.lambda_ce = nn.Parameter(torch.tensor(0.5))
+    assert loss.lambda_ce == 1.0 and list(loss.parameters()) == []

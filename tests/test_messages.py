@@ -331,3 +331,94 @@ def test_a_label_out_of_range_is_an_error_also_where_pytorch_computes(way: str) 
         LabelRangeError, match=r"1 of \d+ voxels hold a label outside \[0, 4\), the first is 200"
     ):
         WAYS[way](Z.clone().requires_grad_(), labels)
+
+
+MISTAKES: dict[str, tuple[Loss, type[Exception], str]] = {
+    "softmax by name": (
+        lambda: dicekernels.DiceLoss(softmax="softmax"),
+        ValueError,
+        "softmax: got 'softmax', expected True",
+    ),
+    "sigmoid None": (
+        lambda: dicekernels.DiceLoss(sigmoid=None),
+        TypeError,
+        "sigmoid: got None, expected True",
+    ),
+    "lambda text": (
+        lambda: dicekernels.DiceCELoss(lambda_ce="0.5"),
+        TypeError,
+        "lambda_ce: got '0.5', expected a number",
+    ),
+    "lambda None": (
+        lambda: functional.dice_ce_loss(Z, Y, **HOT, lambda_ce=None),
+        TypeError,
+        "lambda_ce: got None",
+    ),
+    "smoothing": (
+        lambda: dicekernels.DiceCELoss(**HOT, label_smoothing="a")(Z, Y),
+        ValueError,
+        "label_smoothing: got 'a', expected a number",
+    ),
+    "smooth_nr": (
+        lambda: dicekernels.DiceLoss(smooth_nr="a"),
+        ValueError,
+        "smooth_nr: got 'a', expected a number",
+    ),
+    "gamma": (
+        lambda: dicekernels.FocalLoss(to_onehot_y=True, gamma=None)(Z, Y),
+        TypeError,
+        "gamma: got None, expected a number",
+    ),
+    "alpha of Tversky": (
+        lambda: dicekernels.TverskyLoss(**HOT, alpha=[0.3, 0.7])(Z, Y),
+        TypeError,
+        r"alpha: got \[0.3, 0.7\], expected a number",
+    ),
+    "alpha in two dimensions": (
+        lambda: dicekernels.FocalLoss(to_onehot_y=True, alpha=torch.rand(C, 1))(Z, Y),
+        ValueError,
+        r"alpha: got shape \(4, 1\), expected 4 values in one dimension",
+    ),
+    "other_act": (
+        lambda: dicekernels.DiceLoss(to_onehot_y=True, other_act=lambda z: (z, z))(Z, Y),
+        TypeError,
+        "the result of other_act: got a tuple",
+    ),
+    "w_func": (
+        lambda: functional.generalized_dice_loss(Z, Y, **HOT, w_func=lambda g: 1.0),
+        TypeError,
+        "the result of w_func: got float",
+    ),
+    "levels": (
+        lambda: dicekernels.DeepSupervisionLoss(dicekernels.DiceLoss(), weights="exp"),
+        TypeError,
+        "weights: got 'exp', expected a number for each level",
+    ),
+    "a class": (
+        lambda: dicekernels.DeepSupervisionLoss(dicekernels.DiceLoss),
+        TypeError,
+        "loss: got the class DiceLoss, expected a loss",
+    ),
+    "a name": (
+        lambda: dicekernels.DeepSupervisionLoss("dice"),
+        TypeError,
+        "loss: got 'dice', expected a loss",
+    ),
+    "eight bits": (
+        lambda: dicekernels.DiceLoss(**HOT)(Z.to(torch.float8_e5m2), Y),
+        TypeError,
+        r"logits: got torch.float8_e5m2, .* use logits.bfloat16\(\)",
+    ),
+    "uint64": (
+        lambda: dicekernels.DiceLoss(**HOT, ignore_index=-1)(Z, torch.full_like(Y, -1).to(torch.uint64)),
+        LabelRangeError,
+        "the first is 922337203685477580",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_an_option_of_another_kind_is_named(name: str) -> None:
+    call, error, text = MISTAKES[name]
+    with pytest.raises(error, match=text):
+        call()

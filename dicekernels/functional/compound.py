@@ -152,7 +152,7 @@ def dice_ce_loss(
 
 def _two_passes(logits: Tensor, target: Tensor, other_act: OtherAct, options: dict[str, Any]) -> bool:
     """Whether an overlap half and a focal half need a pass each: they read other values, or one is a map."""
-    if other_act is not None or ignores_fractions(logits, target, options):
+    if other_act is not None or logits.ndim == 2 or ignores_fractions(logits, target, options):
         return True
     return bool(focal_dense_reason(logits, target, options))
 
@@ -164,8 +164,12 @@ def _unrounded(logits: Tensor, reduction: str) -> Tensor:
 
 
 def _scaled(factor: Tensor | None, half: Tensor) -> Tensor:
-    """In the dtype of the half, as by a number: a 0-dim tensor would promote it."""
-    return half if factor is None else (factor * half).to(half.dtype)
+    """In the dtype of the half, as by a number, which torch takes as float32 beside all but float64."""
+    if factor is None:
+        return half
+    if half.dtype != torch.float64:
+        factor = factor.float()
+    return (factor * half).to(half.dtype)
 
 
 def _with_focal(
@@ -205,7 +209,6 @@ def _with_focal(
 
 
 @documented(like=dice_ce_loss)
-@or_dense(reference.dice_focal_loss)
 def dice_focal_loss(
     logits: Tensor,
     target: Tensor,
@@ -324,7 +327,6 @@ def dice_focal_loss(
 
 
 @documented(like=dice_focal_loss)
-@or_dense(reference.generalized_dice_focal_loss)
 def generalized_dice_focal_loss(
     logits: Tensor,
     target: Tensor,

@@ -9,6 +9,7 @@ from enum import Enum
 from numbers import Number
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
@@ -84,9 +85,10 @@ def _at(loss: Loss, place: str, other: Mapping[str, Any]) -> Any:
     if part in other:
         return _MISSING  # it is shown as a whole
     try:
-        return getattr(getattr(loss, part) if part else loss, name)
-    except AttributeError:
+        value = getattr(getattr(loss, part) if part else loss, name)
+    except Exception:  # a property of the user's may raise anything
         return _MISSING
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _same(value: Any, other: Any) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..overrides import overridden
 from ..scripting import scriptable
+from ..tensors import readable
 from .base import Loss
 
 
@@ -22,6 +23,10 @@ def bent(half: nn.Module, kind: type[nn.Module]) -> str:
         return "a half has hooks"
     names = overridden(half, kind)
     return f"{names[0]} of a half is overridden" if names else ""
+
+
+def _is_property(kind: type, name: str) -> bool:
+    return hasattr(getattr(kind, name, None), "__set__")
 
 
 def _traced(name: str) -> str:
@@ -48,16 +53,21 @@ class TwoHalves(Loss):
     FACTORS: ClassVar[tuple[str, ...]] = ()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.FACTORS and not hasattr(type(self), name):
+        if name in self.FACTORS and not _is_property(type(self), name):
             before = self.__dict__.pop(_traced(name), None)
-            if not isinstance(value, nn.Parameter) and name in self._parameters:
-                # Not in place: copy.copy shares the dictionary.
-                self._parameters = {key: x for key, x in self._parameters.items() if key != name}
+            # Not in place: copy.copy shares the dictionary.
+            self._parameters = {key: x for key, x in self._parameters.items() if key != name}
             if not isinstance(value, Tensor):
                 checks.non_negative(name, value)
                 # A new tensor each time: the one of an earlier step may wait for its backward.
                 self.__dict__[_traced(name)] = _traced_factor(float(value), before)
+            elif readable(value) and value.device.type == "cpu" and value.numel() == 1:
+                checks.non_negative(name, float(value.detach()))
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self.__dict__.pop(_traced(name), None)
+        super().__delattr__(name)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles in place of this module."""
@@ -69,7 +79,8 @@ class TwoHalves(Loss):
 
     def factor(self, name: str) -> float | Tensor:
         """A lambda as the functions take it."""
-        if torch.compiler.is_compiling() and _traced(name) in self.__dict__:
+        set_plainly = name in self.__dict__ and not _is_property(type(self), name)
+        if torch.compiler.is_compiling() and set_plainly and _traced(name) in self.__dict__:
             traced: Tensor = self.__dict__[_traced(name)]
             return traced
         value: float | Tensor = getattr(self, name)

@@ -40,8 +40,8 @@ class _OverlapLoss(Loss):
         self.sigmoid = sigmoid
         self.softmax = softmax
         self.other_act = other_act
-        self.smooth_nr = float(smooth_nr)
-        self.smooth_dr = float(smooth_dr)
+        self.smooth_nr = checks.constant("smooth_nr", smooth_nr)
+        self.smooth_dr = checks.constant("smooth_dr", smooth_dr)
         self.batch = batch
         self.soft_label = soft_label
         self.ignore_index = ignore_index
@@ -290,8 +290,8 @@ class MCCLoss(Loss):
         self.sigmoid = sigmoid
         self.softmax = softmax
         self.other_act = other_act
-        self.smooth_nr = float(smooth_nr)
-        self.smooth_dr = float(smooth_dr)
+        self.smooth_nr = checks.constant("smooth_nr", smooth_nr)
+        self.smooth_dr = checks.constant("smooth_dr", smooth_dr)
         self.batch = batch
         self.ignore_index = ignore_index
 

@@ -59,8 +59,8 @@ class GeneralizedWassersteinDiceLoss(Loss):
         given = dist_matrix if isinstance(dist_matrix, Tensor) else torch.as_tensor(dist_matrix, device="cpu")
         self.m = given if bool(given.max() == 1) else matrix
         self.num_classes = self.m.size(0)
-        self.smooth_nr = float(smooth_nr)
-        self.smooth_dr = float(smooth_dr)
+        self.smooth_nr = checks.constant("smooth_nr", smooth_nr)
+        self.smooth_dr = checks.constant("smooth_dr", smooth_dr)
         self.ignore_index = ignore_index
 
     def __prepare_scriptable__(self) -> nn.Module:

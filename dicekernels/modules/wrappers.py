@@ -74,6 +74,13 @@ class DeepSupervisionLoss(Loss):
         weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(loss, type) or not callable(loss):
+            got = f"the class {loss.__name__}" if isinstance(loss, type) else repr(loss)
+            raise TypeError(f"loss: got {got}, expected a loss: an instance of its class, or a function")
+        if isinstance(weights, str):
+            raise TypeError(
+                f"weights: got {weights!r}, expected a number for each level; pass it as weight_mode"
+            )
         self.loss = loss
         self.weight_mode = weight_mode
         self.weights = weights
