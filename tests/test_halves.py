@@ -59,7 +59,9 @@ class Problem:
             "to_onehot_y": not self.dense,
             "reduction": pick("mean", "sum"),
         }
+        # A softmax of one channel is ignored, and sums of raw logits cancel.
         activation = pick({"softmax": True}, {"sigmoid": True}, {"other_act": torch.tanh})
+        activation = {"sigmoid": True} if classes == 1 else activation
         self.overlap: dict[str, Any] = {"batch": pick(False, True), **activation}
         self.weight = weight
         # For soft targets an alpha of each class has no kernel.

@@ -158,9 +158,9 @@ def _two_passes(logits: Tensor, target: Tensor, other_act: OtherAct, options: di
 
 
 def _unrounded(logits: Tensor, reduction: str) -> Tensor:
-    """Beside a float32 map the terms of an overlap of half precision logits are not rounded to half."""
-    half = reduction == "none" and logits.dtype in (torch.float16, torch.bfloat16)
-    return logits.float() if half else logits
+    """Beside a float32 map, or without a space, an overlap of half precision logits keeps its digits."""
+    beside = reduction == "none" or logits.ndim == 2
+    return logits.float() if beside and logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def _scaled(factor: Tensor | None, half: Tensor) -> Tensor:
@@ -170,6 +170,12 @@ def _scaled(factor: Tensor | None, half: Tensor) -> Tensor:
     if half.dtype != torch.float64:
         factor = factor.float()
     return (factor * half).to(half.dtype)
+
+
+def _added(overlap: Tensor, voxel: Tensor) -> Tensor:
+    """In the wider dtype: a 0-dim half would not widen a map."""
+    dtype = torch.promote_types(overlap.dtype, voxel.dtype)
+    return overlap.to(dtype) + voxel.to(dtype)
 
 
 def _with_focal(
@@ -300,7 +306,7 @@ def dice_focal_loss(
             **focal,
         )
         voxel = focal_loss(logits, target, gamma=gamma, weight=weight, **focal, **balance)
-        return _scaled(region_lambda, dice) + _scaled(voxel_lambda, voxel)
+        return _added(_scaled(region_lambda, dice), _scaled(voxel_lambda, voxel))
     inputs = prepare(
         logits,
         target,
@@ -405,7 +411,7 @@ def generalized_dice_focal_loss(
             **focal,
         )
         voxel = focal_loss(logits, target, gamma=gamma, weight=weight, **focal, **balance)
-        return _scaled(region_lambda, gdl) + _scaled(voxel_lambda, voxel)
+        return _added(_scaled(region_lambda, gdl), _scaled(voxel_lambda, voxel))
     inputs = prepare(
         logits,
         target,
