@@ -16,7 +16,7 @@ from test_monai_modules import F32, F64, make, run
 from torch import Tensor, nn
 
 import dicekernels
-from dicekernels import scripting
+
 from dicekernels.testing import assert_close_to_truth, assert_gradient_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript itself
@@ -26,7 +26,7 @@ WEIGHTS[0, 0, 0], WEIGHTS[1, 0, 2] = 0, 1
 SOFT = torch.rand((2, 3, 5, 7), generator=torch.Generator().manual_seed(8))
 MATRIX = torch.tensor([[0.0, 1.0, 0.8], [1.0, 0.0, 0.5], [1.0, 0.5, 0.0]])
 SIGNED = {"other_act": torch.tanh}
-LOSSES = scripting.TWINS
+LOSSES = dicekernels.modules.__all__
 
 
 def saved_and_loaded(loss: nn.Module) -> Callable[..., Tensor]:

@@ -5,17 +5,17 @@ Conventions: ``dicekernels.modules``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from .. import checks, functional
 from ..arguments import documented
-from ..evaluate import record_step
-from ..overrides import overridden, remember
-from .halves import TwoHalves, bent
-from .overlap import DiceLoss
+from ..overrides import remember
+from .halves import TwoHalves
+from .loss import part_of, same
+from .overlap import DICE, DiceLoss
 
 for _half in (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss):
     remember("forward")(_half)
@@ -43,21 +43,32 @@ class DiceCELoss(TwoHalves):
         TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
-    FACTORS: ClassVar[tuple[str, ...]] = ("lambda_dice", "lambda_ce")
-    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "reduction": ("dice.reduction", "cross_entropy.reduction", "binary_cross_entropy.reduction"),
-        "weight": ("cross_entropy.weight", "binary_cross_entropy.pos_weight", "dice.class_weight"),
-        "ignore_index": ("ignore_index", "dice.ignore_index"),
-    }
-    BESIDE: ClassVar[Mapping[str, Any]] = {
-        "dice.log_loss": False,
-        "cross_entropy.ignore_index": -100,
-        "binary_cross_entropy.weight": None,
-    }
-    PARTS: ClassVar[Mapping[str, type[nn.Module]]] = {
+    FUNCTION: ClassVar = functional.dice_ce_loss
+    FACTORS = ("lambda_dice", "lambda_ce")
+    PARTS: ClassVar = {
         "dice": DiceLoss,
         "cross_entropy": nn.CrossEntropyLoss,
         "binary_cross_entropy": nn.BCEWithLogitsLoss,
+    }
+    OPTIONS: ClassVar = {
+        "dice": DICE | {"dice_weight": "class_weight"},
+        "cross_entropy": same("weight", "label_smoothing"),
+        "": same("ignore_index", "ce_include_background"),
+    }
+    ALIKE: ClassVar = {
+        "reduction": ("dice", "cross_entropy", "binary_cross_entropy"),
+        "ignore_index": ("", "dice"),
+    }
+    PLACES: ClassVar = {
+        "weight": ("cross_entropy.weight", "binary_cross_entropy.pos_weight", "dice.class_weight")
+    }
+    FIXED: ClassVar = {
+        "dice": {"log_loss": False},
+        "cross_entropy": {"ignore_index": -100},
+        "binary_cross_entropy": {"weight": None},
+    }
+    SCRIPTED: ClassVar = {
+        "weight": "self.binary_cross_entropy.pos_weight if input.shape[1] == 1 else self.cross_entropy.weight"
     }
     lambda_dice: float | Tensor
     lambda_ce: float | Tensor
@@ -90,22 +101,7 @@ class DiceCELoss(TwoHalves):
         dice_weight = ce_weight
         if ce_weight is not None and ce_weight.ndim and not include_background:
             dice_weight = ce_weight[1:]
-        self.dice = DiceLoss(
-            include_background=include_background,
-            to_onehot_y=to_onehot_y,
-            sigmoid=sigmoid,
-            softmax=softmax,
-            other_act=other_act,
-            squared_pred=squared_pred,
-            jaccard=jaccard,
-            reduction=reduction,
-            smooth_nr=smooth_nr,
-            smooth_dr=smooth_dr,
-            batch=batch,
-            weight=dice_weight,
-            soft_label=soft_label,
-            ignore_index=ignore_index,
-        )
+        self.dice: DiceLoss = part_of(DiceLoss, locals(), weight=dice_weight)
         self.cross_entropy = nn.CrossEntropyLoss(
             weight=ce_weight, reduction=reduction, label_smoothing=label_smoothing
         )
@@ -131,63 +127,17 @@ class DiceCELoss(TwoHalves):
         loss: Tensor = self.binary_cross_entropy(input, target)
         return loss
 
-    def apart_reason(self, binary: bool) -> str:
-        halves = (
-            (self.dice, DiceLoss),
-            (self.cross_entropy, nn.CrossEntropyLoss),
-            (self.binary_cross_entropy, nn.BCEWithLogitsLoss),
-        )
-        for half, kind in halves:
-            reason = bent(half, kind)
-            if reason:
-                return reason
-        for name in overridden(self, DiceCELoss):
-            if name != "forward":
-                return f"{name} is overridden"
-        voxel: nn.CrossEntropyLoss | nn.BCEWithLogitsLoss = (
-            self.binary_cross_entropy if binary else self.cross_entropy
-        )
-        if self.dice.reduction != voxel.reduction:
-            return "the reductions of the halves differ"
-        if self.dice.ignore_index != self.ignore_index or self.dice.log_loss:
-            return "the Dice half has an option of its own"
-        if binary and self.binary_cross_entropy.weight is not None:
-            return "the binary half has a weight of its own"
-        if not binary and self.cross_entropy.ignore_index != -100:
-            return "the cross entropy half has an ignore_index of its own"
-        return ""
-
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.dice_ce_loss`` with the options of this module."""
         binary = checks.single_channel(input)
-        reason = self.apart_reason(binary)
+        reason, _ = self.bent("cross_entropy" if binary else "binary_cross_entropy")
         if reason:
             return self._apart(input, target, mask, binary, reason)
-        dice = self.dice
-        return functional.dice_ce_loss(
-            input,
-            target,
-            include_background=dice.include_background,
-            to_onehot_y=dice.to_onehot_y,
-            sigmoid=dice.sigmoid,
-            softmax=dice.softmax,
-            other_act=dice.other_act,
-            squared_pred=dice.squared_pred,
-            jaccard=dice.jaccard,
-            reduction=checks.option("reduction", dice.reduction, ("mean", "sum")),
-            smooth_nr=dice.smooth_nr,
-            smooth_dr=dice.smooth_dr,
-            batch=dice.batch,
-            weight=self.binary_cross_entropy.pos_weight if binary else self.cross_entropy.weight,
-            dice_weight=dice.class_weight,
-            lambda_dice=self.factor("lambda_dice"),
-            lambda_ce=self.factor("lambda_ce"),
-            label_smoothing=self.cross_entropy.label_smoothing,
-            ignore_index=self.ignore_index,
-            soft_label=dice.soft_label,
-            ce_include_background=self.ce_include_background,
-            mask=mask,
-        )
+        options = self._options()
+        checks.option("reduction", options["reduction"], ("mean", "sum"))
+        if binary:
+            options["weight"] = self.binary_cross_entropy.pos_weight
+        return functional.dice_ce_loss(input, target, mask=mask, **options)
 
     def _apart(self, input: Tensor, target: Tensor, mask: Tensor | None, binary: bool, reason: str) -> Tensor:
         if mask is not None or self.ignore_index is not None or not self.ce_include_background:
@@ -195,9 +145,7 @@ class DiceCELoss(TwoHalves):
                 f"DiceCELoss: {reason}, so its halves run apart; mask, ignore_index and "
                 "ce_include_background need them in one pass. Undo the change or drop the option"
             )
-        checks.tensors(input, target, mask)
-        checks.dice_ce_shapes(input, target)
-        record_step(f"two passes, the cross entropy in PyTorch: {reason}", "eager", reason, whole=True)
+        self._begin_apart(input, target, mask, reason, pytorch=True)
         voxel = self.bce(input, target) if binary else self.ce(input, target)
         total: Tensor = self.lambda_dice * self.dice(input, target) + self.lambda_ce * voxel
         return total

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checks, functional
 from ..arguments import documented
-from ..evaluate import record_step
 from ..functional.focal import Alpha
 from ..overrides import remember
 from ..prepare import dense_labels
-from ..scripting import scriptable
-from .base import Loss
-from .halves import TwoHalves, bent
-from .overlap import DiceLoss, GeneralizedDiceLoss
+from .halves import TwoHalves
+from .loss import Loss, part_of, same
+from .overlap import DICE, SUMS, DiceLoss, GeneralizedDiceLoss
+
+_FOCAL = same("gamma", "alpha", "use_softmax", "mean_over_classes", "softmax_over_all")
+# What the focal half of a compound loss has on, without an argument.
+_ON = {"mean_over_classes": True, "softmax_over_all": True}
 
 
 @documented(functional.focal_loss)
@@ -31,7 +33,12 @@ class FocalLoss(Loss):
         TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
-    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": ("class_weight",)}
+    FUNCTION: ClassVar = functional.focal_loss
+    OPTIONS: ClassVar = {
+        "": _FOCAL
+        | same("include_background", "to_onehot_y", "reduction", "ignore_index")
+        | {"weight": "class_weight"}
+    }
 
     def __init__(
         self,
@@ -47,62 +54,35 @@ class FocalLoss(Loss):
         mean_over_classes: bool = False,
         softmax_over_all: bool = False,
     ) -> None:
-        super().__init__(reduction=checks.option("reduction", reduction, ("mean", "sum", "none")))
-        self.include_background = include_background
-        self.to_onehot_y = to_onehot_y
-        self.gamma = gamma
-        self.weight = weight
-        self.use_softmax = use_softmax
-        self.alpha: float | Tensor | None = None
+        super().__init__()
         if alpha is not None:
-            self.alpha = float(alpha) if isinstance(alpha, (float, int)) else checks.as_weight(alpha, "alpha")
-        self.register_buffer("class_weight", checks.as_weight(weight))
-        self.class_weight: Tensor | None  # not in the class: TorchScript would read it there
-        self.ignore_index = ignore_index
-        self.mean_over_classes = mean_over_classes
-        self.softmax_over_all = softmax_over_all
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` compiles in place of this module."""
-        return scriptable(self)
+            alpha = float(alpha) if isinstance(alpha, (float, int)) else checks.as_weight(alpha, "alpha")
+        self._hold(locals())
+        self.weight = weight
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.focal_loss`` with the options of this module."""
-        return functional.focal_loss(
-            input,
-            target,
-            include_background=self.include_background,
-            to_onehot_y=self.to_onehot_y,
-            gamma=self.gamma,
-            alpha=self.alpha,
-            weight=self.class_weight,
-            reduction=self.reduction,
-            use_softmax=self.use_softmax,
-            ignore_index=self.ignore_index,
-            mean_over_classes=self.mean_over_classes,
-            softmax_over_all=self.softmax_over_all,
-            mask=mask,
-        )
+        return functional.focal_loss(input, target, mask=mask, **self._options())
 
 
-def _apart_reason(overlap: DiceLoss | GeneralizedDiceLoss, kind: type[nn.Module], focal: FocalLoss) -> str:
-    """Why the halves cannot share one pass, or ""."""
-    reason = bent(overlap, kind) or bent(focal, FocalLoss)
-    if reason:
-        return reason
-    if overlap.reduction != focal.reduction:
-        return "the reductions of the halves differ"
-    for name in ("include_background", "to_onehot_y", "ignore_index"):
-        if getattr(overlap, name) != getattr(focal, name):
-            return f"{name} of the halves differs"
-    if isinstance(overlap, DiceLoss) and overlap.log_loss:
-        return "the Dice half has an option of its own"
-    return ""
+class _OverlapFocal(TwoHalves):
+    """An overlap half, then a focal half."""
+
+    def _apart(self, input: Tensor, target: Tensor, mask: Tensor | None, reason: str) -> Tensor:
+        self._begin_apart(input, target, mask, reason)
+        overlap, focal = (getattr(self, name) for name in self.PARTS)
+        if "to_onehot_y" in self.OPTIONS[""] and self.to_onehot_y:
+            target = dense_labels(target, input, getattr(overlap, "ignore_index", None))
+        factors = [getattr(self, name) for name in self.FACTORS]
+        more = {} if mask is None else {"mask": mask}
+        total: Tensor = factors[0] * overlap(input, target, **more)
+        total = total + factors[1] * focal(input, target, **more)
+        return total
 
 
 @documented(functional.dice_focal_loss)
 @remember("forward")
-class DiceFocalLoss(TwoHalves):
+class DiceFocalLoss(_OverlapFocal):
     """Dice loss + focal loss from one pass over the logits: ``monai.losses.DiceFocalLoss``.
 
     Formula: :func:`dicekernels.functional.dice_focal_loss`. The options live in ``dice`` and ``focal``,
@@ -119,20 +99,18 @@ class DiceFocalLoss(TwoHalves):
         TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
-    FACTORS: ClassVar[tuple[str, ...]] = ("lambda_dice", "lambda_focal")
-    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "to_onehot_y": ("to_onehot_y",),
-        "reduction": ("dice.reduction", "focal.reduction"),
-        "weight": ("focal.class_weight", "dice.class_weight"),
+    FUNCTION: ClassVar = functional.dice_focal_loss
+    FACTORS = ("lambda_dice", "lambda_focal")
+    PARTS: ClassVar = {"dice": DiceLoss, "focal": FocalLoss}
+    OPTIONS: ClassVar = {
+        "dice": DICE | {"ignore_index": "ignore_index", "dice_weight": "class_weight"},
+        "focal": _FOCAL | {"weight": "class_weight"},
+        "": same("to_onehot_y"),
     }
-    BESIDE: ClassVar[Mapping[str, Any]] = {
-        "dice.to_onehot_y": False,
-        "dice.log_loss": False,
-        "focal.to_onehot_y": False,
-        "focal.mean_over_classes": True,
-        "focal.softmax_over_all": True,
-    }
-    PARTS: ClassVar[Mapping[str, type[nn.Module]]] = {"dice": DiceLoss, "focal": FocalLoss}
+    ALIKE: ClassVar = dict.fromkeys(("include_background", "reduction", "ignore_index"), ("dice", "focal"))
+    PLACES: ClassVar = {"weight": ("focal.class_weight", "dice.class_weight")}
+    FIXED: ClassVar = {"dice": {"to_onehot_y": False, "log_loss": False}, "focal": {"to_onehot_y": False}}
+    BESIDE: ClassVar = {"focal": _ON}
     lambda_dice: float | Tensor
     lambda_focal: float | Tensor
 
@@ -160,86 +138,23 @@ class DiceFocalLoss(TwoHalves):
         ignore_index: int | None = None,
     ) -> None:
         super().__init__()
-        self.dice = DiceLoss(
-            include_background=include_background,
-            sigmoid=sigmoid,
-            softmax=softmax,
-            other_act=other_act,
-            squared_pred=squared_pred,
-            jaccard=jaccard,
-            reduction=reduction,
-            smooth_nr=smooth_nr,
-            smooth_dr=smooth_dr,
-            batch=batch,
-            weight=weight,
-            soft_label=soft_label,
-            ignore_index=ignore_index,
-        )
-        self.focal = FocalLoss(
-            include_background=include_background,
-            gamma=gamma,
-            alpha=alpha,
-            weight=weight,
-            reduction=reduction,
-            use_softmax=use_softmax,
-            ignore_index=ignore_index,
-            mean_over_classes=True,
-            softmax_over_all=True,
-        )
+        self.dice: DiceLoss = part_of(DiceLoss, locals(), to_onehot_y=False)
+        self.focal: FocalLoss = part_of(FocalLoss, locals(), to_onehot_y=False, **_ON)
         self.lambda_dice = lambda_dice
         self.lambda_focal = lambda_focal
         self.to_onehot_y = to_onehot_y
 
-    def apart_reason(self, binary: bool) -> str:
-        reason = _apart_reason(self.dice, DiceLoss, self.focal)
-        return reason or ("a half has an option of its own" if self.dice.to_onehot_y else "")
-
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.dice_focal_loss`` with the options of this module."""
-        dice, focal = self.dice, self.focal
-        reason = self.apart_reason(False)
+        reason, _ = self.bent()
         if reason:
-            checks.tensors(input, target, mask)
-            checks.dice_ce_shapes(input, target)
-            record_step(f"two passes: {reason}", reason=reason)
-            if self.to_onehot_y:
-                target = dense_labels(target, input, getattr(dice, "ignore_index", None))
-            more = {} if mask is None else {"mask": mask}
-            total: Tensor = self.lambda_dice * dice(input, target, **more)
-            total = total + self.lambda_focal * focal(input, target, **more)
-            return total
-        return functional.dice_focal_loss(
-            input,
-            target,
-            include_background=dice.include_background,
-            to_onehot_y=self.to_onehot_y,
-            sigmoid=dice.sigmoid,
-            softmax=dice.softmax,
-            other_act=dice.other_act,
-            squared_pred=dice.squared_pred,
-            jaccard=dice.jaccard,
-            reduction=dice.reduction,
-            smooth_nr=dice.smooth_nr,
-            smooth_dr=dice.smooth_dr,
-            batch=dice.batch,
-            gamma=focal.gamma,
-            weight=focal.class_weight,
-            dice_weight=dice.class_weight,
-            lambda_dice=self.factor("lambda_dice"),
-            lambda_focal=self.factor("lambda_focal"),
-            alpha=focal.alpha,
-            use_softmax=focal.use_softmax,
-            soft_label=dice.soft_label,
-            ignore_index=dice.ignore_index,
-            mean_over_classes=focal.mean_over_classes,
-            softmax_over_all=focal.softmax_over_all,
-            mask=mask,
-        )
+            return self._apart(input, target, mask, reason)
+        return functional.dice_focal_loss(input, target, mask=mask, **self._options())
 
 
 @documented(functional.generalized_dice_focal_loss)
 @remember("forward")
-class GeneralizedDiceFocalLoss(TwoHalves):
+class GeneralizedDiceFocalLoss(_OverlapFocal):
     """Generalized Dice loss + focal loss from one pass: ``monai.losses.GeneralizedDiceFocalLoss``.
 
     Formula: :func:`dicekernels.functional.generalized_dice_focal_loss`. As ``DiceFocalLoss``, with the halves
@@ -255,16 +170,18 @@ class GeneralizedDiceFocalLoss(TwoHalves):
         TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
-    FACTORS: ClassVar[tuple[str, ...]] = ("lambda_gdl", "lambda_focal")
-    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "reduction": ("generalized_dice.reduction", "focal.reduction"),
-        "weight": ("focal.class_weight",),
+    FUNCTION: ClassVar = functional.generalized_dice_focal_loss
+    FACTORS = ("lambda_gdl", "lambda_focal")
+    PARTS: ClassVar = {"generalized_dice": GeneralizedDiceLoss, "focal": FocalLoss}
+    OPTIONS: ClassVar = {
+        "generalized_dice": SUMS | same("w_type", "soft_label", "ignore_index"),
+        "focal": _FOCAL | {"weight": "class_weight"},
+        "": {},
     }
-    BESIDE: ClassVar[Mapping[str, Any]] = {"focal.mean_over_classes": True, "focal.softmax_over_all": True}
-    PARTS: ClassVar[Mapping[str, type[nn.Module]]] = {
-        "generalized_dice": GeneralizedDiceLoss,
-        "focal": FocalLoss,
-    }
+    ALIKE: ClassVar = dict.fromkeys(
+        ("include_background", "to_onehot_y", "reduction", "ignore_index"), ("generalized_dice", "focal")
+    )
+    BESIDE: ClassVar = {"focal": _ON}
     lambda_gdl: float | Tensor
     lambda_focal: float | Tensor
 
@@ -291,72 +208,14 @@ class GeneralizedDiceFocalLoss(TwoHalves):
         ignore_index: int | None = None,
     ) -> None:
         super().__init__()
-        self.generalized_dice = GeneralizedDiceLoss(
-            include_background=include_background,
-            to_onehot_y=to_onehot_y,
-            sigmoid=sigmoid,
-            softmax=softmax,
-            other_act=other_act,
-            w_type=w_type,
-            reduction=reduction,
-            smooth_nr=smooth_nr,
-            smooth_dr=smooth_dr,
-            batch=batch,
-            soft_label=soft_label,
-            ignore_index=ignore_index,
-        )
-        self.focal = FocalLoss(
-            include_background=include_background,
-            to_onehot_y=to_onehot_y,
-            gamma=gamma,
-            alpha=alpha,
-            weight=weight,
-            reduction=reduction,
-            use_softmax=use_softmax,
-            ignore_index=ignore_index,
-            mean_over_classes=True,
-            softmax_over_all=True,
-        )
+        self.generalized_dice: GeneralizedDiceLoss = part_of(GeneralizedDiceLoss, locals())
+        self.focal: FocalLoss = part_of(FocalLoss, locals(), **_ON)
         self.lambda_gdl = lambda_gdl
         self.lambda_focal = lambda_focal
 
-    def apart_reason(self, binary: bool) -> str:
-        return _apart_reason(self.generalized_dice, GeneralizedDiceLoss, self.focal)
-
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.generalized_dice_focal_loss`` with the options of this module."""
-        gdl, focal = self.generalized_dice, self.focal
-        reason = self.apart_reason(False)
+        reason, _ = self.bent()
         if reason:
-            checks.tensors(input, target, mask)
-            checks.dice_ce_shapes(input, target)
-            record_step(f"two passes: {reason}", reason=reason)
-            more = {} if mask is None else {"mask": mask}
-            total: Tensor = self.lambda_gdl * gdl(input, target, **more)
-            total = total + self.lambda_focal * focal(input, target, **more)
-            return total
-        return functional.generalized_dice_focal_loss(
-            input,
-            target,
-            include_background=gdl.include_background,
-            to_onehot_y=gdl.to_onehot_y,
-            sigmoid=gdl.sigmoid,
-            softmax=gdl.softmax,
-            other_act=gdl.other_act,
-            w_type=gdl.w_type,
-            reduction=gdl.reduction,
-            smooth_nr=gdl.smooth_nr,
-            smooth_dr=gdl.smooth_dr,
-            batch=gdl.batch,
-            gamma=focal.gamma,
-            weight=focal.class_weight,
-            lambda_gdl=self.factor("lambda_gdl"),
-            lambda_focal=self.factor("lambda_focal"),
-            alpha=focal.alpha,
-            use_softmax=focal.use_softmax,
-            soft_label=gdl.soft_label,
-            ignore_index=gdl.ignore_index,
-            mean_over_classes=focal.mean_over_classes,
-            softmax_over_all=focal.softmax_over_all,
-            mask=mask,
-        )
+            return self._apart(input, target, mask, reason)
+        return functional.generalized_dice_focal_loss(input, target, mask=mask, **self._options())

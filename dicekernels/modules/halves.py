@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checks
+from ..evaluate import record_step
 from ..overrides import overridden
-from ..scripting import scriptable
 from ..tensors import readable
-from .base import Loss
-
-
-def bent(half: nn.Module, kind: type[nn.Module]) -> str:
-    """Why a half computes something else than ``kind`` does with the options of its attributes, or ""."""
-    if type(half) is not kind:
-        return "a half is another module"
-    if checks.hooked(half):
-        return "a half has hooks"
-    names = overridden(half, kind)
-    return f"{names[0]} of a half is overridden" if names else ""
+from .loss import Condition, Loss
 
 
 def _is_property(kind: type, name: str) -> bool:
@@ -40,17 +30,27 @@ def _traced_factor(value: float, before: Tensor | None) -> Tensor:
         return torch.tensor(value, dtype=torch.float64, device=device)
 
 
+def _conditions(kind: type[Loss]) -> Iterator[Condition]:
+    for name, (first, *others) in kind.ALIKE.items():
+        what = "reductions" if name == "reduction" else f"values of {name}"
+        for other in others:
+            yield Condition(other, name, first, None, f"the {what} of the halves differ")
+    for part, fixed in kind.FIXED.items():
+        for name, value in fixed.items():
+            reason = f"its {part.replace('_', ' ')} has an option of its own, {name}"
+            yield Condition(part, name, None, value, reason)
+
+
 class TwoHalves(Loss):
     """A loss whose lambdas are plain attributes: a number, a 0-dim tensor or a Parameter, as they are set.
 
     Dynamo would compile a graph for each number that it meets in an attribute. So a number has a tensor
     beside it, which is all that a graph reads. It is no buffer: DDP would broadcast it, FSDP round it.
-
-    Attributes:
-        FACTORS: names of the lambdas.
     """
 
-    FACTORS: ClassVar[tuple[str, ...]] = ()
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        cls.CONDITIONS = tuple(_conditions(cls))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.FACTORS and not _is_property(type(self), name):
@@ -69,13 +69,49 @@ class TwoHalves(Loss):
         self.__dict__.pop(_traced(name), None)
         super().__delattr__(name)
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` compiles in place of this module."""
-        return scriptable(self)
+    def bent(self, skip: str = "") -> tuple[str, str]:
+        """Why the halves cannot share one pass, in general and with the name of the half; or "" twice.
 
-    def apart_reason(self, binary: bool) -> str:
-        """Why the halves cannot share one pass, or ""; ``binary``: the logits have one channel."""
-        raise NotImplementedError
+        Args:
+            skip: a half that is not called.
+        """
+        parts: dict[str, Any] = {"": self}
+        for name, kind in self.PARTS.items():
+            parts[name] = half = getattr(self, name)
+            if type(half) is not kind:
+                other = f"its {name} is {type(half).__module__}.{type(half).__qualname__}"
+                return "a half is another module", other
+            if checks.hooked(half):
+                return "a half has hooks", f"its {name} has hooks"
+            for method in overridden(half, kind):
+                return f"{method} of a half is overridden", f"{method} of its {name} is overridden"
+        for method in overridden(self, self.KIND):
+            if method != "forward":
+                return (f"{method} is overridden",) * 2
+        for one in self.CONDITIONS:
+            expected = one.value if one.other is None else getattr(parts[one.other], one.name)
+            if skip not in (one.part, one.other) and getattr(parts[one.part], one.name) != expected:
+                return (one.reason,) * 2
+        return "", ""
+
+    def _begin_apart(
+        self, input: Tensor, target: Tensor, mask: Tensor | None, reason: str, pytorch: bool = False
+    ) -> None:
+        """The checks of halves that run one after the other, and what ``explain`` tells of them.
+
+        Args:
+            pytorch: the voxel half is PyTorch's.
+        """
+        checks.tensors(input, target, mask)
+        checks.dice_ce_shapes(input, target)
+        if pytorch:
+            line = f"two passes, the cross entropy in PyTorch: {reason}"
+            record_step(line, "eager", reason, whole=True)
+        else:
+            record_step(f"two passes: {reason}", reason=reason)
+
+    def _options(self) -> dict[str, Any]:
+        return super()._options() | {name: self.factor(name) for name in self.FACTORS}
 
     def factor(self, name: str) -> float | Tensor:
         """A lambda as the functions take it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import checks, functional
 from ..arguments import documented
 from ..overrides import refuse, remember
-from .overlap import DiceLoss
+from .overlap import ACTIVATION, DICE, DiceLoss
 
 # Options of DiceLoss that MaskedDiceLoss has not, and their values.
 _FIXED = {"sigmoid": False, "softmax": False, "other_act": None, "ignore_index": None, "log_loss": False}
@@ -31,11 +31,9 @@ class MaskedDiceLoss(DiceLoss):
         TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
-    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "weight": ("class_weight",),
-        **{name: (f"pre_{name}",) for name in ("sigmoid", "softmax", "other_act")},
-    }
-    BESIDE: ClassVar[Mapping[str, Any]] = {"ignore_index": None, "log_loss": False}
+    FUNCTION: ClassVar[Any] = functional.masked_dice_loss
+    OPTIONS: ClassVar = {"": DICE | {"weight": "class_weight"} | {name: f"pre_{name}" for name in ACTIVATION}}
+    BESIDE: ClassVar = {"": {"ignore_index": None, "log_loss": False}}
 
     def __init__(
         self,
@@ -53,22 +51,10 @@ class MaskedDiceLoss(DiceLoss):
         weight: checks.Weight = None,
         soft_label: bool = False,
     ) -> None:
-        checks.activation_options(sigmoid, softmax, other_act)
-        super().__init__(
-            include_background=include_background,
-            to_onehot_y=to_onehot_y,
-            squared_pred=squared_pred,
-            jaccard=jaccard,
-            reduction=reduction,
-            smooth_nr=smooth_nr,
-            smooth_dr=smooth_dr,
-            batch=batch,
-            weight=weight,
-            soft_label=soft_label,
-        )
-        self.pre_sigmoid = sigmoid
-        self.pre_softmax = softmax
-        self.pre_other_act = other_act
+        super().__init__()
+        self._hold(locals())
+        for name, value in _FIXED.items():
+            setattr(self, name, value)
 
     def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """``functional.masked_dice_loss`` with the options of this module.
@@ -84,21 +70,4 @@ class MaskedDiceLoss(DiceLoss):
                     f"MaskedDiceLoss.{name}: got {getattr(self, name)!r}, expected {value!r}; the activation "
                     "is that of pre_sigmoid, pre_softmax and pre_other_act, the rest is DiceLoss's alone"
                 )
-        return functional.masked_dice_loss(
-            input,
-            target,
-            mask,
-            include_background=self.include_background,
-            to_onehot_y=self.to_onehot_y,
-            sigmoid=self.pre_sigmoid,
-            softmax=self.pre_softmax,
-            other_act=self.pre_other_act,
-            squared_pred=self.squared_pred,
-            jaccard=self.jaccard,
-            reduction=self.reduction,
-            smooth_nr=self.smooth_nr,
-            smooth_dr=self.smooth_dr,
-            batch=self.batch,
-            weight=self.class_weight,
-            soft_label=self.soft_label,
-        )
+        return functional.masked_dice_loss(input, target, mask, **self._options())

@@ -2,73 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checks, functional
 from ..arguments import documented
 from ..overrides import overridden, remember
-from ..prepare import OtherAct
-from ..scripting import scriptable
-from .base import Loss
+from .loss import Loss, same
 
-
-class _OverlapLoss(Loss):
-    """What Dice, generalized Dice and Tversky share: activation, one-hot, background, smoothing."""
-
-    def __init__(
-        self,
-        include_background: bool,
-        to_onehot_y: bool,
-        sigmoid: bool,
-        softmax: bool,
-        other_act: OtherAct,
-        reduction: str,
-        smooth_nr: float,
-        smooth_dr: float,
-        batch: bool,
-        soft_label: bool,
-        ignore_index: int | None,
-    ) -> None:
-        checks.activation_options(sigmoid, softmax, other_act)
-        super().__init__(reduction=checks.option("reduction", reduction, ("mean", "sum", "none")))
-        self.include_background = include_background
-        self.to_onehot_y = to_onehot_y
-        self.sigmoid = sigmoid
-        self.softmax = softmax
-        self.other_act = other_act
-        self.smooth_nr = checks.constant("smooth_nr", smooth_nr)
-        self.smooth_dr = checks.constant("smooth_dr", smooth_dr)
-        self.batch = batch
-        self.soft_label = soft_label
-        self.ignore_index = ignore_index
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` compiles in place of this module."""
-        return scriptable(self)
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "include_background": self.include_background,
-            "to_onehot_y": self.to_onehot_y,
-            "sigmoid": self.sigmoid,
-            "softmax": self.softmax,
-            "other_act": self.other_act,
-            "reduction": self.reduction,
-            "smooth_nr": self.smooth_nr,
-            "smooth_dr": self.smooth_dr,
-            "batch": self.batch,
-            "soft_label": self.soft_label,
-            "ignore_index": self.ignore_index,
-        }
+ACTIVATION = same("sigmoid", "softmax", "other_act")
+SUMS = same("include_background", "to_onehot_y", "reduction", "smooth_nr", "smooth_dr", "batch") | ACTIVATION
+DICE = SUMS | same("squared_pred", "jaccard", "soft_label")
 
 
 @documented(functional.dice_loss)
 @remember("forward")
-class DiceLoss(_OverlapLoss):
+class DiceLoss(Loss):
     """1 - Dice score of each (sample, class): ``monai.losses.DiceLoss``, with ``log_loss``.
 
     Formula and source: :func:`dicekernels.functional.dice_loss`. state_dict: ``class_weight`` if a weight is
@@ -78,7 +30,8 @@ class DiceLoss(_OverlapLoss):
         TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
-    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": ("class_weight",)}
+    FUNCTION: ClassVar[Any] = functional.dice_loss
+    OPTIONS: ClassVar = {"": DICE | same("ignore_index", "log_loss") | {"weight": "class_weight"}}
 
     def __init__(
         self,
@@ -99,42 +52,17 @@ class DiceLoss(_OverlapLoss):
         *,
         log_loss: bool = False,
     ) -> None:
-        super().__init__(
-            include_background,
-            to_onehot_y,
-            sigmoid,
-            softmax,
-            other_act,
-            reduction,
-            smooth_nr,
-            smooth_dr,
-            batch,
-            soft_label,
-            ignore_index,
-        )
-        self.squared_pred = squared_pred
-        self.jaccard = jaccard
-        self.log_loss = log_loss
-        self.register_buffer("class_weight", checks.as_weight(weight))
-        self.class_weight: Tensor | None  # not in the class: TorchScript would read it there
+        super().__init__()
+        self._hold(locals())
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.dice_loss`` with the options of this module."""
-        return functional.dice_loss(
-            input,
-            target,
-            squared_pred=self.squared_pred,
-            jaccard=self.jaccard,
-            weight=self.class_weight,
-            log_loss=self.log_loss,
-            mask=mask,
-            **self._options(),
-        )
+        return functional.dice_loss(input, target, mask=mask, **self._options())
 
 
 @documented(functional.generalized_dice_loss)
 @remember("forward", "w_func")
-class GeneralizedDiceLoss(_OverlapLoss):
+class GeneralizedDiceLoss(Loss):
     """Generalized Dice loss of each sample: ``monai.losses.GeneralizedDiceLoss``, with ``ignore_index``.
 
     Formula and source: :func:`dicekernels.functional.generalized_dice_loss`. A subclass may override
@@ -143,6 +71,9 @@ class GeneralizedDiceLoss(_OverlapLoss):
     Raises:
         TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
+
+    FUNCTION: ClassVar = functional.generalized_dice_loss
+    OPTIONS: ClassVar = {"": SUMS | same("soft_label", "w_type", "ignore_index")}
 
     def __init__(
         self,
@@ -160,29 +91,13 @@ class GeneralizedDiceLoss(_OverlapLoss):
         *,
         ignore_index: int | None = None,
     ) -> None:
-        super().__init__(
-            include_background,
-            to_onehot_y,
-            sigmoid,
-            softmax,
-            other_act,
-            reduction,
-            smooth_nr,
-            smooth_dr,
-            batch,
-            soft_label,
-            ignore_index,
-        )
-        self.w_type: Literal["square", "simple", "uniform"] = checks.option(
-            "w_type", w_type, ("square", "simple", "uniform")
-        )
+        super().__init__()
+        self._hold(locals())
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.generalized_dice_loss`` with the options of this module."""
         w_func = self.w_func if "w_func" in overridden(self, GeneralizedDiceLoss) else None
-        return functional.generalized_dice_loss(
-            input, target, w_type=self.w_type, w_func=w_func, mask=mask, **self._options()
-        )
+        return functional.generalized_dice_loss(input, target, w_func=w_func, mask=mask, **self._options())
 
     def w_func(self, grnd: Tensor) -> Tensor:
         """Class weights of the volumes sum g, float32 (B, K) or, with ``batch``, (K,).
@@ -197,7 +112,7 @@ class GeneralizedDiceLoss(_OverlapLoss):
 
 @documented(functional.tversky_loss)
 @remember("forward")
-class TverskyLoss(_OverlapLoss):
+class TverskyLoss(Loss):
     """Tversky loss of each (sample, class): ``monai.losses.TverskyLoss``, with ``gamma``.
 
     Formula and source: :func:`dicekernels.functional.tversky_loss`.
@@ -209,6 +124,9 @@ class TverskyLoss(_OverlapLoss):
     Raises:
         TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
+
+    FUNCTION: ClassVar = functional.tversky_loss
+    OPTIONS: ClassVar = {"": SUMS | same("soft_label", "alpha", "beta", "gamma", "ignore_index")}
 
     def __init__(
         self,
@@ -228,34 +146,12 @@ class TverskyLoss(_OverlapLoss):
         *,
         gamma: float = 1.0,
     ) -> None:
-        super().__init__(
-            include_background,
-            to_onehot_y,
-            sigmoid,
-            softmax,
-            other_act,
-            reduction,
-            smooth_nr,
-            smooth_dr,
-            batch,
-            soft_label,
-            ignore_index,
-        )
-        self.alpha = alpha
-        self.beta = beta
-        self.gamma = gamma
+        super().__init__()
+        self._hold(locals())
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.tversky_loss`` with the options of this module."""
-        return functional.tversky_loss(
-            input,
-            target,
-            alpha=self.alpha,
-            beta=self.beta,
-            gamma=self.gamma,
-            mask=mask,
-            **self._options(),
-        )
+        return functional.tversky_loss(input, target, mask=mask, **self._options())
 
 
 @documented(functional.mcc_loss)
@@ -268,6 +164,9 @@ class MCCLoss(Loss):
     Raises:
         TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
+
+    FUNCTION: ClassVar = functional.mcc_loss
+    OPTIONS: ClassVar = {"": SUMS | same("ignore_index")}
 
     def __init__(
         self,
@@ -283,36 +182,9 @@ class MCCLoss(Loss):
         *,
         ignore_index: int | None = None,
     ) -> None:
-        checks.activation_options(sigmoid, softmax, other_act)
-        super().__init__(reduction=checks.option("reduction", reduction, ("mean", "sum", "none")))
-        self.include_background = include_background
-        self.to_onehot_y = to_onehot_y
-        self.sigmoid = sigmoid
-        self.softmax = softmax
-        self.other_act = other_act
-        self.smooth_nr = checks.constant("smooth_nr", smooth_nr)
-        self.smooth_dr = checks.constant("smooth_dr", smooth_dr)
-        self.batch = batch
-        self.ignore_index = ignore_index
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` compiles in place of this module."""
-        return scriptable(self)
+        super().__init__()
+        self._hold(locals())
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.mcc_loss`` with the options of this module."""
-        return functional.mcc_loss(
-            input,
-            target,
-            include_background=self.include_background,
-            to_onehot_y=self.to_onehot_y,
-            sigmoid=self.sigmoid,
-            softmax=self.softmax,
-            other_act=self.other_act,
-            reduction=self.reduction,
-            smooth_nr=self.smooth_nr,
-            smooth_dr=self.smooth_dr,
-            batch=self.batch,
-            ignore_index=self.ignore_index,
-            mask=mask,
-        )
+        return functional.mcc_loss(input, target, mask=mask, **self._options())

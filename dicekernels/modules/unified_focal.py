@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 from .. import checks, functional
 from ..arguments import documented
 from ..functional.unified_focal import Half, two_halves_loss
 from ..overrides import remember
-from ..scripting import scriptable
-from .base import Loss
+from .loss import Loss, same
+
+HALVES = {"focal": "asy_focal_loss", "tversky": "asy_focal_tversky_loss"}
+NUMBERS = ("gamma", "delta", "epsilon")
 
 
 class _HalfSettings(_Loss):
@@ -44,7 +45,7 @@ class _HalfSettings(_Loss):
                 f"{name}: got to_onehot_y={self.to_onehot_y}, ignore_index={self.ignore_index}, "
                 f"reduction={self.reduction!r}, expected them as constructed; set them on the whole loss"
             )
-        return Half(*(checks.constant(key, getattr(self, key)) for key in ("gamma", "delta", "epsilon")))
+        return Half(*(checks.constant(key, getattr(self, key)) for key in NUMBERS))
 
 
 @documented(functional.asymmetric_unified_focal_loss)
@@ -60,17 +61,16 @@ class AsymmetricUnifiedFocalLoss(Loss):
         ValueError: an unknown reduction.
     """
 
-    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        **{name: (name,) for name in ("to_onehot_y", "reduction", "ignore_index")},
-        **{name: (f"asy_focal_loss.{name}", f"asy_focal_tversky_loss.{name}") for name in ("gamma", "delta")},
+    FUNCTION: ClassVar = two_halves_loss
+    OPTIONS: ClassVar = {"": same("to_onehot_y", "num_classes", "weight", "reduction", "ignore_index")}
+    PARTS: ClassVar = dict.fromkeys(HALVES.values(), _HalfSettings)
+    PLACES: ClassVar = {
+        name: tuple(f"{half}.{name}" for half in HALVES.values()) for name in ("gamma", "delta")
     }
-    BESIDE: ClassVar[Mapping[str, Any]] = {
-        "asy_focal_loss.epsilon": 1e-7,
-        "asy_focal_tversky_loss.epsilon": 1e-7,
-    }
-    PARTS: ClassVar[Mapping[str, type[nn.Module]]] = {
-        "asy_focal_loss": _HalfSettings,
-        "asy_focal_tversky_loss": _HalfSettings,
+    BESIDE: ClassVar = {half: {"epsilon": 1e-7} for half in HALVES.values()}
+    SCRIPTED: ClassVar = {
+        option: f"[{', '.join(f'float(self.{half}.{name})' for name in NUMBERS)}]"
+        for option, half in HALVES.items()
     }
     asy_focal_loss: _HalfSettings
     asy_focal_tversky_loss: _HalfSettings
@@ -85,37 +85,25 @@ class AsymmetricUnifiedFocalLoss(Loss):
         reduction: Literal["mean", "sum", "none"] = "mean",
         ignore_index: int | None = None,
     ) -> None:
-        super().__init__(reduction=checks.option("reduction", reduction, ("mean", "sum", "none")))
-        self.to_onehot_y = to_onehot_y
-        self.num_classes = num_classes
+        super().__init__()
+        self._hold(locals())
         self.gamma = gamma
         self.delta = delta
-        self.weight = weight
         self.asy_focal_loss = _HalfSettings(gamma, delta)
         self.asy_focal_tversky_loss = _HalfSettings(gamma, delta)
-        self.ignore_index = ignore_index
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` compiles in place of this module."""
-        return scriptable(self)
+    def _options(self) -> dict[str, Any]:
+        options = super()._options()
+        for option, name in HALVES.items():
+            half = getattr(self, name)
+            if not isinstance(half, _HalfSettings):
+                raise NotImplementedError(
+                    f"{name}: got a {type(half).__name__}, expected that of the constructor, "
+                    "whose gamma, delta and epsilon count; for another half derive from MONAI's class"
+                )
+            options[option] = half.numbers(name)
+        return options
 
     def forward(self, y_pred: Tensor, y_true: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.asymmetric_unified_focal_loss`` with the options of this module."""
-        for name in ("asy_focal_loss", "asy_focal_tversky_loss"):
-            if not isinstance(getattr(self, name), _HalfSettings):
-                raise NotImplementedError(
-                    f"{name}: got a {type(getattr(self, name)).__name__}, expected that of the constructor, "
-                    "whose gamma, delta and epsilon count; for another half derive from MONAI's class"
-                )
-        return two_halves_loss(
-            y_pred,
-            y_true,
-            to_onehot_y=self.to_onehot_y,
-            num_classes=self.num_classes,
-            weight=self.weight,
-            focal=self.asy_focal_loss.numbers("asy_focal_loss"),
-            tversky=self.asy_focal_tversky_loss.numbers("asy_focal_tversky_loss"),
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            mask=mask,
-        )
+        return two_halves_loss(y_pred, y_true, mask=mask, **self._options())

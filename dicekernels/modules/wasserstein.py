@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import checks, functional
+from .. import functional
 from ..arguments import documented
-from ..functional.wasserstein import MODES, normalised, normalised_wasserstein_dice_loss
+from ..functional.wasserstein import normalised, normalised_wasserstein_dice_loss
 from ..overrides import refuse, remember
-from ..scripting import scriptable
-from .base import Loss
+from .loss import Loss, same
 
 # MONAI's steps of the dense formula.
 _STEPS = (
@@ -37,10 +35,12 @@ class GeneralizedWassersteinDiceLoss(Loss):
         ValueError: as MONAI, for a matrix that is not square or an unknown option.
     """
 
-    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "dist_matrix": ("m",),
-        "weighting_mode": ("alpha_mode",),
+    FUNCTION: ClassVar = normalised_wasserstein_dice_loss
+    OPTIONS: ClassVar = {
+        "": same("reduction", "smooth_nr", "smooth_dr", "ignore_index")
+        | {"matrix": "m", "weighting_mode": "alpha_mode"}
     }
+    PLACES: ClassVar = {"dist_matrix": ("m",)}
 
     def __init__(
         self,
@@ -52,20 +52,13 @@ class GeneralizedWassersteinDiceLoss(Loss):
         *,
         ignore_index: int | None = None,
     ) -> None:
-        super().__init__(reduction=checks.option("reduction", reduction, ("mean", "sum", "none")))
+        super().__init__()
         matrix = normalised(dist_matrix)
-        self.alpha_mode = checks.option("weighting_mode", weighting_mode, MODES)
         # A matrix that is normalised already is kept itself: integers stay integers.
         given = dist_matrix if isinstance(dist_matrix, Tensor) else torch.as_tensor(dist_matrix, device="cpu")
-        self.m = given if bool(given.max() == 1) else matrix
-        self.num_classes = self.m.size(0)
-        self.smooth_nr = checks.constant("smooth_nr", smooth_nr)
-        self.smooth_dr = checks.constant("smooth_dr", smooth_dr)
-        self.ignore_index = ignore_index
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` compiles in place of this module."""
-        return scriptable(self)
+        matrix = given if bool(given.max() == 1) else matrix
+        self._hold(locals())
+        self.num_classes = matrix.size(0)
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.generalized_wasserstein_dice_loss`` with the options of this module.
@@ -74,14 +67,4 @@ class GeneralizedWassersteinDiceLoss(Loss):
             NotImplementedError: one of MONAI's steps of the formula was overridden.
         """
         refuse(self, _STEPS, "change dist_matrix, or derive from MONAI's class")
-        return normalised_wasserstein_dice_loss(
-            input,
-            target,
-            self.m,
-            weighting_mode=self.alpha_mode,
-            reduction=self.reduction,
-            smooth_nr=self.smooth_nr,
-            smooth_dr=self.smooth_dr,
-            ignore_index=self.ignore_index,
-            mask=mask,
-        )
+        return normalised_wasserstein_dice_loss(input, target, mask=mask, **self._options())

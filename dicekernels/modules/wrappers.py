@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,12 +18,12 @@ from .. import checks, hints
 from ..arguments import documented
 from ..overrides import overridden, remember
 from ..prepare import kernel_dtype, like_input, plain
-from ..scripting import scriptable
+from ..scripting import register_step
 from ..tensors import tensor
-from .base import Loss
 from .compound import DiceCELoss
 from .focal import DiceFocalLoss, FocalLoss, GeneralizedDiceFocalLoss
 from .halves import TwoHalves
+from .loss import Loss
 from .overlap import DiceLoss, GeneralizedDiceLoss, MCCLoss, TverskyLoss
 
 # Losses whose kernels read half precision and add up in float32.
@@ -64,7 +64,7 @@ class DeepSupervisionLoss(Loss):
             levels. None: ``weight_mode``.
     """
 
-    BESIDE: ClassVar[Mapping[str, Any]] = {"interp_mode": "nearest-exact"}
+    BESIDE: ClassVar = {"": {"interp_mode": "nearest-exact"}}
     weights: Sequence[float] | None
 
     def __init__(
@@ -88,32 +88,12 @@ class DeepSupervisionLoss(Loss):
 
     def get_weights(self, levels: int = 1) -> Sequence[float]:
         """The factor of each level, finest first; at least one."""
-        levels = max(1, levels)
-        if self.weights is not None and len(self.weights) >= levels:
-            return self.weights[:levels]
-        if self.weight_mode == "exp":
-            return [max(0.5**level, 0.0625) for level in range(levels)]
-        return [1.0] + [0.5 if self.weight_mode == "two" else 1.0] * (levels - 1)
+        return level_weights(levels, self.weight_mode, self.weights)
 
     def get_loss(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """The loss of one level, target and mask resized to it; a subclass may override it."""
-        space = input.shape[2:]
-        if target.ndim not in (input.ndim - 1, input.ndim):
-            raise ValueError(hints.of_target(input, target, False))
-        if target.ndim == input.ndim - 1:
-            target = _resized(target[:, None], space, self.interp_mode)[:, 0]
-        else:
-            target = _resized(target, space, self.interp_mode)
-        if mask is None:
-            return self.loss(input, target)
-        if mask.ndim != input.ndim:
-            checks.mask_shape(mask, input)
-        mode = self.interp_mode if self.interp_mode in PICKS else PICKS[0]
-        return self.loss(input, target, mask=_resized(mask, space, mode))
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` compiles in place of this module."""
-        return scriptable(self)
+        target, mask = at_level(input, target, mask, self.interp_mode)
+        return self.loss(input, target) if mask is None else self.loss(input, target, mask=mask)
 
     def forward(
         self, input: Tensor | Sequence[Tensor] | None, target: Tensor, *, mask: Tensor | None = None
@@ -185,10 +165,6 @@ class MaskedLoss(Loss):
                 "expected a function, a loss or its class."
             )
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` compiles in place of this module."""
-        return scriptable(self)
-
     def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss of the products; without a mask that of the arguments, with a warning.
 
@@ -207,22 +183,55 @@ class MaskedLoss(Loss):
         if mask is None:
             _warn("No mask value specified for the MaskedLoss.")
             return self.loss(input, target)
-        tensor("input", input)
-        tensor("target", target)
-        if input.ndim != mask.ndim:
-            _warn(f"Dim of input ({input.shape}) is different from mask ({mask.shape}).")
-        if mask.shape[0] not in (1, input.shape[0]):
+        return self.loss(*masked(input, target, mask))
+
+
+def level_weights(levels: int, mode: str, weights: Sequence[float] | None) -> Sequence[float]:
+    """The factor of each level, finest first; at least one."""
+    levels = max(1, levels)
+    if weights is not None and len(weights) >= levels:
+        return weights[:levels]
+    if mode == "exp":
+        return [max(0.5**level, 0.0625) for level in range(levels)]
+    return [1.0] + [0.5 if mode == "two" else 1.0] * (levels - 1)
+
+
+def at_level(output: Tensor, target: Tensor, mask: Tensor | None, mode: str) -> tuple[Tensor, Tensor | None]:
+    """Target and mask in the space of one output.
+
+    Raises:
+        ValueError: a target of another number of dimensions, or a mask of another shape.
+    """
+    space = output.shape[2:]
+    if target.ndim not in (output.ndim - 1, output.ndim):
+        raise ValueError(hints.of_target(output, target, False))
+    if target.ndim == output.ndim - 1:
+        target = _resized(target[:, None], space, mode)[:, 0]
+    else:
+        target = _resized(target, space, mode)
+    if mask is None:
+        return target, None
+    if mask.ndim != output.ndim:
+        checks.mask_shape(mask, output)
+    return target, _resized(mask, space, mode if mode in PICKS else PICKS[0])
+
+
+def masked(input: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Both times the mask, after MONAI's checks."""
+    tensor("input", input)
+    tensor("target", target)
+    if input.ndim != mask.ndim:
+        _warn(f"Dim of input ({input.shape}) is different from mask ({mask.shape}).")
+    if mask.shape[0] not in (1, input.shape[0]):
+        raise ValueError(f"Batch size of mask ({mask.shape}) must be one or equal to input ({input.shape}).")
+    if target.ndim > 1:
+        if mask.shape[1] != 1:
             raise ValueError(
-                f"Batch size of mask ({mask.shape}) must be one or equal to input ({input.shape})."
+                f"Mask ({mask.shape}) must have only one channel. A map (B, *S) wants mask[:, None]."
             )
-        if target.ndim > 1:
-            if mask.shape[1] != 1:
-                raise ValueError(
-                    f"Mask ({mask.shape}) must have only one channel. A map (B, *S) wants mask[:, None]."
-                )
-            if input.shape[2:] != mask.shape[2:]:
-                _warn(f"Spatial size of input ({input.shape}) is different from mask ({mask.shape}).")
-        return self.loss(_masked("input", input, mask), _masked("target", target, mask))
+        if input.shape[2:] != mask.shape[2:]:
+            _warn(f"Spatial size of input ({input.shape}) is different from mask ({mask.shape}).")
+    return _masked("input", input, mask), _masked("target", target, mask)
 
 
 def _warn(text: str) -> None:
@@ -270,7 +279,7 @@ def _reads_half(loss: Callable[..., Tensor], output: Tensor) -> bool:
     if type(loss) not in READS_HALF or output.ndim < 3:
         return False
     assert isinstance(loss, nn.Module)
-    if isinstance(loss, TwoHalves) and loss.apart_reason(output.shape[1] == 1):
+    if isinstance(loss, TwoHalves) and loss.bent()[0]:
         return False
     # An override, an activation or hooks of the user's see the output itself.
     if overridden(loss, type(loss)):
@@ -300,3 +309,8 @@ def _resized(values: Tensor, space: torch.Size, mode: str) -> Tensor:
         index = F.interpolate(positions[None, None], size=(after,), mode=mode)[0, 0].long()
         picked.append(index.reshape(-1, *[1] * (len(space) - dim - 1)))
     return like_input(kernel_dtype(plain(values))[tuple(picked)], values)
+
+
+register_step("level_weights(int levels, str mode, float[]? weights) -> float[]", level_weights)
+register_step("at_level(Tensor output, Tensor target, Tensor? mask, str mode) -> (Tensor, Tensor?)", at_level)
+register_step("masked(Tensor input, Tensor target, Tensor mask) -> (Tensor, Tensor)", masked)

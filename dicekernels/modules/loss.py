@@ -1,0 +1,203 @@
+"""What every loss of this package shares: where its options live, its ``repr``, its form for TorchScript."""
+
+from __future__ import annotations
+
+import inspect
+import reprlib
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from numbers import Number
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
+
+from .. import checks, scripting
+from ..functional.wasserstein import MODES
+
+CHOICES = {
+    "reduction": ("mean", "sum", "none"),
+    "w_type": ("square", "simple", "uniform"),
+    "weighting_mode": MODES,
+}
+MAX_ITEMS = 8
+_MISSING = object()
+
+
+def same(*names: str) -> dict[str, str]:
+    """Options that have the name of their attribute."""
+    return {name: name for name in names}
+
+
+class Condition(NamedTuple):
+    """That an attribute of a part is that of another part, or without one the value; else the reason."""
+
+    part: str
+    name: str
+    other: str | None
+    value: Any
+    reason: str
+
+
+class Loss(_Loss):
+    """A loss as a table of its options: ``forward`` calls FUNCTION with what the attributes hold by then.
+
+    Its ``repr`` is one call of its constructor, with the options that are not the default. It reads the
+    attributes, so it tells what the next call does. An option that lives in several places, with different
+    values, is named by place (``dice.reduction='sum'``). No value of a tensor is read.
+
+    Attributes:
+        FUNCTION: the loss as a function; None for a wrapper.
+        OPTIONS: part, "" for the loss itself -> option of FUNCTION -> attribute of the part that holds it.
+        PARTS: attribute -> class of the submodule that the constructor makes; another one is shown.
+        ALIKE: option -> the parts that hold it under its name, the one that is read first.
+        PLACES: argument of the constructor -> the attributes that hold it, where the tables above differ.
+        FIXED: part -> attribute that no argument sets -> the value it must have in a loss of one pass.
+        BESIDE: part -> attribute that no argument sets -> what the constructor leaves there.
+        SCRIPTED: option -> what a scripted ``forward`` passes for it, where OPTIONS does not tell.
+        FACTORS: names of the lambdas, which are options, too.
+        CONDITIONS: what must hold for the halves of a loss to share one pass, of ALIKE and FIXED.
+        KIND: the class of this package that a loss is, or derives from.
+    """
+
+    FUNCTION: ClassVar[Any] = None
+    OPTIONS: ClassVar[Mapping[str, Mapping[str, str]]] = {"": {}}
+    PARTS: ClassVar[Mapping[str, type[nn.Module]]] = {}
+    ALIKE: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    FIXED: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    BESIDE: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    SCRIPTED: ClassVar[Mapping[str, str]] = {}
+    FACTORS: ClassVar[tuple[str, ...]] = ()
+    CONDITIONS: ClassVar[tuple[Condition, ...]] = ()
+    KIND: ClassVar[type[Loss]]
+
+    if TYPE_CHECKING:  # not in the class: TorchScript would read it there
+        reduction: Literal["mean", "sum", "none"]
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if cls.__module__.startswith("dicekernels.modules."):
+            cls.KIND = cls
+            if cls.FUNCTION is not None:
+                scripting.register(cls)
+
+    def _hold(self, given: Mapping[str, Any]) -> None:
+        """Sets the attributes of the loss itself to the arguments of its constructor."""
+        if "sigmoid" in given:
+            checks.activation_options(given["sigmoid"], given["softmax"], given["other_act"])
+        for option, name in self.OPTIONS[""].items():
+            value = given[option]
+            if option in CHOICES:
+                value = checks.option(option, value, CHOICES[option])
+            elif option in ("smooth_nr", "smooth_dr"):
+                value = checks.constant(option, value)
+            if name == "class_weight":
+                self.register_buffer(name, checks.as_weight(value))
+            else:
+                setattr(self, name, value)
+
+    def _options(self) -> dict[str, Any]:
+        """The options of FUNCTION as the attributes hold them."""
+        options = {}
+        for part, names in self.OPTIONS.items():
+            holder = getattr(self, part) if part else self
+            for option, name in names.items():
+                options[option] = getattr(holder, name)
+        return options
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in place of this module."""
+        return scripting.scriptable(self)
+
+    @reprlib.recursive_repr(fillvalue="...")
+    def __repr__(self) -> str:
+        kind = self.KIND
+        name = f"dicekernels.{kind.__name__}" if type(self) is kind else type(self).__name__
+        return f"{name}({', '.join(_shown(self, kind))})"
+
+
+def part_of(kind: type[nn.Module], given: Mapping[str, Any], **more: Any) -> Any:
+    """A part with those arguments of the whole loss's constructor that its own has, too."""
+    names = inspect.signature(kind).parameters
+    return kind(**{name: given[name] for name in names if name in given} | more)
+
+
+def _defaults(kind: type[Loss]) -> dict[str, Any]:
+    """Argument of the constructor -> its default, in order."""
+    parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {one.name: one.default for one in parameters if one.kind not in variable}
+
+
+def _places(kind: type[Loss], argument: str) -> tuple[str, ...]:
+    """The attributes that hold an argument of the constructor, those of parts as ``part.attribute``."""
+    alike = [(part, argument) for part in kind.ALIKE.get(argument, ())]
+    read = [(part, names[argument]) for part, names in kind.OPTIONS.items() if argument in names]
+    places = [f"{part}.{name}" if part else name for part, name in alike or read or [("", argument)]]
+    return kind.PLACES.get(argument) or tuple(places)
+
+
+def _shown(loss: Loss, kind: type[Loss]) -> Iterator[str]:
+    children: dict[str, Any] = loss.__dict__.get("_modules", {})
+    other = {name: child for name, child in children.items() if type(child) is not kind.PARTS.get(name)}
+    defaults = _defaults(kind)
+    for argument, default in defaults.items():
+        held = {}
+        for place in _places(kind, argument):
+            value = _at(loss, place, other)
+            if value is not _MISSING:
+                held[place] = value
+        values = list(held.values())
+        if len(values) > 1 and not all(_same(value, values[0]) for value in values[1:]):
+            yield from (f"{place}={_text(x)}" for place, x in held.items() if not _same(x, default))
+        elif values and not _same(values[0], default):
+            yield f"{argument}={_text(values[0])}"
+    for part, beside in (*kind.FIXED.items(), *kind.BESIDE.items()):
+        for name, default in beside.items():
+            place = f"{part}.{name}" if part else name
+            value = _at(loss, place, other)
+            if value is not _MISSING and not _same(value, default):
+                yield f"{place}={_text(value)}"
+    yield from (f"{name}={_text(child)}" for name, child in other.items() if name not in defaults)
+
+
+def _at(loss: Loss, place: str, other: Mapping[str, Any]) -> Any:
+    """The value of an attribute of the loss or of one of its parts, or _MISSING."""
+    part, _, name = place.rpartition(".")
+    if part in other:
+        return _MISSING  # it is shown as a whole
+    try:
+        value = getattr(getattr(loss, part) if part else loss, name)
+    except Exception:  # a property of the user's may raise anything
+        return _MISSING
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Without reading a tensor: those of several places are one option."""
+    if isinstance(value, Tensor):
+        return isinstance(other, Tensor)
+    plain = isinstance(value, (str, Number)) and isinstance(other, (str, Number))
+    return value is other or (plain and bool(value == other))
+
+
+def _text(value: Any) -> str:
+    """Short, on one line but for modules of others, and without a call that reads a device."""
+    try:
+        if isinstance(value, Tensor):
+            size = " x ".join(map(str, value.shape)) or "1"
+            where = "" if value.device.type == "cpu" else f", {value.device}"
+            name = "Parameter" if isinstance(value, nn.Parameter) else "tensor"
+            return f"{name}({size} value{'' if size == '1' else 's'}{where})"
+        if isinstance(value, Enum):
+            return repr(value.value)
+        if value is None or isinstance(value, (str, Number, nn.Module)):
+            return repr(value)
+        if isinstance(value, (list, tuple)):
+            items = [_text(item) for item in value[:MAX_ITEMS]] + ["..."] * (len(value) > MAX_ITEMS)
+            return f"[{', '.join(items)}]" if isinstance(value, list) else f"({', '.join(items)})"
+        return str(value.__name__)  # a function or a class
+    except Exception:  # a repr that raises hides what it was asked for
+        return f"{type(value).__name__}(...)"
