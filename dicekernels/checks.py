@@ -114,10 +114,14 @@ def voxel_weights(mask: Tensor | None, logits: Tensor) -> None:
         )
 
 
-def hooked(*modules: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     """Whether calling a module would run somebody's hooks."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for module in modules for kind in kinds)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def non_negative(name: str, value: float) -> None:

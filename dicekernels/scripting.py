@@ -68,9 +68,7 @@ def _place(part: str, name: str) -> str:
 
 def _expressions(kind: type[Loss]) -> dict[str, str]:
     """Option -> where a scripted loss has it."""
-    places = {
-        option: _place(part, name) for part, names in kind.OPTIONS.items() for option, name in names.items()
-    }
+    places = {option: _place(part, name) for part, option, name in kind.READ}
     return {**places, **{name: f"self.{name}" for name in kind.FACTORS}, **kind.SCRIPTED}
 
 

@@ -75,9 +75,9 @@ class TwoHalves(Loss):
         Args:
             skip: a half that is not called.
         """
-        parts: dict[str, Any] = {"": self}
+        parts = self._parts()
         for name, kind in self.PARTS.items():
-            parts[name] = half = getattr(self, name)
+            half = parts[name]
             if type(half) is not kind:
                 other = f"its {name} is {type(half).__module__}.{type(half).__qualname__}"
                 return "a half is another module", other
@@ -90,7 +90,7 @@ class TwoHalves(Loss):
                 return (f"{method} is overridden",) * 2
         for one in self.CONDITIONS:
             expected = one.value if one.other is None else getattr(parts[one.other], one.name)
-            if skip not in (one.part, one.other) and getattr(parts[one.part], one.name) != expected:
+            if one.part != skip and getattr(parts[one.part], one.name) != expected:
                 return (one.reason,) * 2
         return "", ""
 
@@ -111,7 +111,10 @@ class TwoHalves(Loss):
             record_step(f"two passes: {reason}", reason=reason)
 
     def _options(self) -> dict[str, Any]:
-        return super()._options() | {name: self.factor(name) for name in self.FACTORS}
+        options = super()._options()
+        for name in self.FACTORS:
+            options[name] = self.factor(name)
+        return options
 
     def factor(self, name: str) -> float | Tensor:
         """A lambda as the functions take it."""

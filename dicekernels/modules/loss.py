@@ -58,6 +58,8 @@ class Loss(_Loss):
         SCRIPTED: option -> what a scripted ``forward`` passes for it, where OPTIONS does not tell.
         FACTORS: names of the lambdas, which are options, too.
         CONDITIONS: what must hold for the halves of a loss to share one pass, of ALIKE and FIXED.
+        READ: part, option and attribute, of OPTIONS.
+        SHADOWED: a subclass has an attribute or property of its own under the name of a part.
         KIND: the class of this package that a loss is, or derives from.
     """
 
@@ -71,6 +73,8 @@ class Loss(_Loss):
     SCRIPTED: ClassVar[Mapping[str, str]] = {}
     FACTORS: ClassVar[tuple[str, ...]] = ()
     CONDITIONS: ClassVar[tuple[Condition, ...]] = ()
+    READ: ClassVar[tuple[tuple[str, str, str], ...]] = ()
+    SHADOWED: ClassVar[bool] = False
     KIND: ClassVar[type[Loss]]
 
     if TYPE_CHECKING:  # not in the class: TorchScript would read it there
@@ -80,8 +84,10 @@ class Loss(_Loss):
         super().__init_subclass__(**more)
         if cls.__module__.startswith("dicekernels.modules."):
             cls.KIND = cls
+            cls.READ = tuple((part, *one) for part, names in cls.OPTIONS.items() for one in names.items())
             if cls.FUNCTION is not None:
                 scripting.register(cls)
+        cls.SHADOWED = any(hasattr(cls, part) for part in cls.PARTS)
 
     def _hold(self, given: Mapping[str, Any]) -> None:
         """Sets the attributes of the loss itself to the arguments of its constructor."""
@@ -98,14 +104,16 @@ class Loss(_Loss):
             else:
                 setattr(self, name, value)
 
+    def _parts(self) -> dict[str, Any]:
+        """The loss itself under "", and its submodules."""
+        if self.SHADOWED:
+            return {"": self} | {part: getattr(self, part) for part in self.PARTS}
+        return {"": self, **self._modules}
+
     def _options(self) -> dict[str, Any]:
         """The options of FUNCTION as the attributes hold them."""
-        options = {}
-        for part, names in self.OPTIONS.items():
-            holder = getattr(self, part) if part else self
-            for option, name in names.items():
-                options[option] = getattr(holder, name)
-        return options
+        parts = self._parts()
+        return {option: getattr(parts[part], name) for part, option, name in self.READ}
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles in place of this module."""
@@ -134,7 +142,7 @@ def _defaults(kind: type[Loss]) -> dict[str, Any]:
 def _places(kind: type[Loss], argument: str) -> tuple[str, ...]:
     """The attributes that hold an argument of the constructor, those of parts as ``part.attribute``."""
     alike = [(part, argument) for part in kind.ALIKE.get(argument, ())]
-    read = [(part, names[argument]) for part, names in kind.OPTIONS.items() if argument in names]
+    read = [(part, name) for part, option, name in kind.READ if option == argument]
     places = [f"{part}.{name}" if part else name for part, name in alike or read or [("", argument)]]
     return kind.PLACES.get(argument) or tuple(places)
 
