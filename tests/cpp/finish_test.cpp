@@ -1,4 +1,4 @@
-// csrc/common/finish.h for tests/test_common_headers.py, evaluated by one thread or by a team of
+// csrc/common/finish.h for tests/ops/test_common_headers.py, evaluated by one thread or by a team of
 // some.
 #include <cmath>
 #include <condition_variable>
