@@ -104,7 +104,7 @@ GROUPS = {
         4,
     ),
     # The arguments go through the same code whatever the loss and the dtype are.
-    "arguments": Group(("robust",), "(DiceCELoss or MCCLoss) and not (dtype1 or dtype2)", 176),
+    "arguments": Group(("invalid_inputs",), "(DiceCELoss or MCCLoss) and not (dtype1 or dtype2)", 176),
 }
 # Too slow for `make test`: random problems by the hundred.
 SLOW = {
@@ -196,7 +196,7 @@ def test_no_module_with_a_backend_is_forgotten() -> None:
     }
     covered = {module for modules in SLOW.values() for module in modules}
     assert with_backend - covered == {"demo", "cuda_kernels", "cuda_kernels_launch"}
-    assert {"sums", "triton_kernels", "robust", "identities"} <= with_backend
+    assert {"sums", "triton_kernels", "invalid_inputs", "identities"} <= with_backend
 
 
 def test_a_failure_shows_the_output_of_the_process(tmp_path: Path) -> None:
