@@ -339,7 +339,7 @@ def general(ops, spec: SumsSpec, logits: Tensor, values: Tensor, mask: Tensor) -
     ],
 )
 def test_the_order_of_threads_changes_no_bit_of_a_general_kernel(backend, set_order, activation, term):
-    spec = SumsSpec(True, activation, OVERLAP_ROWS | G | N | POS, voxel_term=term)
+    spec = SumsSpec(True, activation, rows=OVERLAP_ROWS | G | N | POS, voxel_term=term)
     for classes, dtype, voxels in [(5, F64, 4300), (130, torch.float32, 600), (300, torch.float16, 90)]:
         shape = (2, classes, voxels)
         tensors = make_logits(shape, dtype), make_values(shape), make_mask("fraction", shape)

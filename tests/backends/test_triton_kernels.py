@@ -169,7 +169,7 @@ def test_logits_far_apart(which, tmp_path):
 @pytest.mark.parametrize("which", FAR_LOGITS)
 def test_a_gradient_far_apart(which, tmp_path):
     logits, labels = make_logits((2, 3, 16), torch.float16), make_labels((2, 1, 16), 3)
-    spec = SumsSpec(False, Activation.SOFTMAX, OVERLAP_ROWS)
+    spec = SumsSpec(False, Activation.SOFTMAX, rows=OVERLAP_ROWS)
     coef = make_logits((2, 3, 3), torch.float64)
     near = sums_backward.sums_backward(None, logits, labels, None, coef, spec)
     far = far_apart(torch.zeros_like(logits), FAR_LOGITS[which], tmp_path)

@@ -41,9 +41,9 @@ from dicekernels.spec import (
 INTERPRETED = triton.knobs.runtime.interpret
 compiles = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is set: run again without it")
 
-LABELS = SumsSpec(False, Activation.SOFTMAX, OVERLAP_ROWS | G | POS | N | BAD, voxel_term=VoxelTerm.CE)
-DENSE = SumsSpec(True, Activation.SIGMOID, OVERLAP_ROWS | G)
-MASKED = SumsSpec(False, Activation.SIGMOID, OVERLAP_ROWS | G | BAD)
+LABELS = SumsSpec(False, Activation.SOFTMAX, rows=OVERLAP_ROWS | G | POS | N | BAD, voxel_term=VoxelTerm.CE)
+DENSE = SumsSpec(True, Activation.SIGMOID, rows=OVERLAP_ROWS | G)
+MASKED = SumsSpec(False, Activation.SIGMOID, rows=OVERLAP_ROWS | G | BAD)
 RATIO = FinishSpec(Formula.RATIO)
 
 

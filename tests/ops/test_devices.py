@@ -125,7 +125,7 @@ def test_a_module_whose_weights_stayed_elsewhere_is_refused(data):
 
 def op_arguments(op: str, namespace: str) -> dict[str, Any]:
     """Every tensor of a call of an op by name, then its numbers, that the CPU can run."""
-    spec = SumsSpec(False, Activation.SOFTMAX, OVERLAP_ROWS)
+    spec = SumsSpec(False, Activation.SOFTMAX, rows=OVERLAP_ROWS)
     finish = FinishSpec(Formula.RATIO)
     logits, target = torch.zeros(2, 3, 8), torch.zeros(2, 1, 8, dtype=torch.uint8)
     volume = {"logits": logits, "target": target, "mask": torch.ones(2, 1, 8)}

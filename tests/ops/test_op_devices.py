@@ -29,7 +29,7 @@ from dicekernels.spec import (
     SumsSpec,
 )
 
-SPEC = SumsSpec(False, Activation.SOFTMAX, OVERLAP_ROWS | G | N | BAD)
+SPEC = SumsSpec(False, Activation.SOFTMAX, rows=OVERLAP_ROWS | G | N | BAD)
 FINISH = FinishSpec(Formula.RATIO)
 CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 REASONS = {

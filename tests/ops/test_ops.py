@@ -35,9 +35,14 @@ from dicekernels.testing import assert_close_to_truth, assert_gradient_close
 F64 = torch.float64
 CE_ROWS = OVERLAP_ROWS | G | POS | LS | N
 
-LABELS = SumsSpec(False, Activation.SOFTMAX, CE_ROWS | BAD, voxel_term=VoxelTerm.CE, ignore_index=255)
+LABELS = SumsSpec(False, Activation.SOFTMAX, rows=CE_ROWS | BAD, voxel_term=VoxelTerm.CE, ignore_index=255)
 VALUES = SumsSpec(
-    True, Activation.SIGMOID, OVERLAP_ROWS | POS | NEG | N, Overlap.MIN, VoxelTerm.BCE, product_mask=True
+    True,
+    Activation.SIGMOID,
+    overlap=Overlap.MIN,
+    voxel_term=VoxelTerm.BCE,
+    rows=OVERLAP_ROWS | POS | NEG | N,
+    product_mask=True,
 )
 PROBLEMS = {
     "labels": (make_logits((2, 3, 5, 7)), make_labels((2, 1, 5, 7), 3), None, LABELS),

@@ -23,8 +23,10 @@ from dicekernels.spec import (
     I,
     LossSpec,
     N,
+    OverlapHalf,
     Reduction,
     SumsSpec,
+    VoxelHalf,
     VoxelTerm,
     chunk_count,
     chunk_voxels,
@@ -117,7 +119,17 @@ def test_rows_are_bits_in_order():
 def test_arguments_come_back_in_the_order_of_the_schema():
     from dicekernels import ops
 
-    sums = SumsSpec(True, Activation.SIGMOID, 7, spec.Overlap.MIN, VoxelTerm.BCE, -100, True, 1.5, 3)
+    sums = SumsSpec(
+        True,
+        Activation.SIGMOID,
+        overlap=spec.Overlap.MIN,
+        voxel_term=VoxelTerm.BCE,
+        rows=7,
+        ignore_index=-100,
+        product_mask=True,
+        focal_gamma=1.5,
+        first_class=3,
+    )
     assert ops.sums_spec(sums.args()) == sums
     formula = FinishSpec(
         Formula.GENERALIZED,
@@ -138,11 +150,19 @@ def test_arguments_come_back_in_the_order_of_the_schema():
     )
     assert ops.finish_spec(formula.args(True)[:-1]) == formula
     assert formula.args(True)[-1] is True
-    # The names of the schema, in the order of the dataclasses (empty is the problem's, dtype the loss's).
-    names = re.findall(r"(?:int|float|bool|ScalarType)\?? (\w+)", ops.FINISH_ARGS)
-    assert names == ["rows", *FinishSpec.__dataclass_fields__, "empty", "dtype"]
-    names = re.findall(r"(?:int|float|bool)\?? (\w+)", ops.SUMS_ARGS)
-    assert sorted(names) == sorted(SumsSpec.__dataclass_fields__)
+
+
+def test_schemas_are_those_of_the_libraries():
+    # A field that moves or changes its kind is another op to a binary and to a saved graph.
+    assert SumsSpec.schema() == (
+        "bool dense, int activation, int overlap, int voxel_term, int rows, int? ignore_index, "
+        "bool product_mask, float focal_gamma, int first_class"
+    )
+    assert FinishSpec.schema() == (
+        "int formula, float kappa, float alpha, float beta, float smooth_nr, float smooth_dr, "
+        "int transform, float exponent, int gdl_weight, int skipped, bool batch, int reduction, "
+        "float label_smoothing, int denominator, int voxel_skipped"
+    )
 
 
 @pytest.mark.parametrize(
@@ -174,20 +194,65 @@ def test_loss_shape(reduction, formula, skipped, batch, shape):
     ],
 )
 def test_a_formula_without_its_rows_is_refused(rows, term, options, missing):
-    sums = SumsSpec(False, Activation.SOFTMAX, rows, voxel_term=term)
+    sums = SumsSpec(False, Activation.SOFTMAX, rows=rows, voxel_term=term)
     with pytest.raises(ValueError, match=f"rows: got .* expected also {missing}; switch on"):
         LossSpec(sums, FinishSpec(**{"formula": Formula.RATIO} | options))
 
 
 def test_unreduced_losses_take_no_voxel_term():
-    sums = SumsSpec(False, Activation.SOFTMAX, I | FP | FN | POS | N, voxel_term=VoxelTerm.CE)
+    sums = SumsSpec(False, Activation.SOFTMAX, rows=I | FP | FN | POS | N, voxel_term=VoxelTerm.CE)
     with pytest.raises(ValueError, match='reduction: got "none" together with a voxel term'):
         LossSpec(sums, FinishSpec(Formula.RATIO, reduction=Reduction.NONE))
 
 
 def test_specs_are_frozen_and_hashable():
-    one, two = (SumsSpec(False, Activation.SOFTMAX, I | FP | FN) for _ in range(2))
+    one, two = (SumsSpec(False, Activation.SOFTMAX, rows=I | FP | FN) for _ in range(2))
     assert one == two
     assert len({one, two}) == 1
     with pytest.raises(AttributeError):
         one.rows = 0
+
+
+def test_a_loss_of_two_halves_has_their_rows_and_numbers():
+    overlap = OverlapHalf(Formula.GENERALIZED, Activation.SOFTMAX, smooth_nr=0.5, skipped=1, batch=True)
+    voxel = VoxelHalf(
+        VoxelTerm.FOCAL_SIGMOID, denominator=Denominator.ELEMENTS, voxel_skipped=1, focal_gamma=1.5
+    )
+    loss = LossSpec.of(overlap, voxel, reduction=Reduction.SUM, dense=False, ignore_index=7)
+    assert loss.sums == SumsSpec(
+        False,
+        Activation.SOFTMAX,
+        rows=I | FP | FN | G | POS | spec.NEG | N | BAD,
+        voxel_term=VoxelTerm.FOCAL_SIGMOID,
+        ignore_index=7,
+        focal_gamma=1.5,
+    )
+    assert loss.finish == FinishSpec(
+        Formula.GENERALIZED,
+        smooth_nr=0.5,
+        skipped=1,
+        batch=True,
+        reduction=Reduction.SUM,
+        denominator=Denominator.ELEMENTS,
+        voxel_skipped=1,
+    )
+    assert (loss.sums_args, (*loss.finish_args, True)) == (loss.sums.args(), loss.finish.args(True))
+
+
+@pytest.mark.parametrize(
+    ("half", "rows"),
+    [
+        (OverlapHalf(Formula.RATIO, Activation.SIGMOID), I | FP | FN | BAD),
+        (OverlapHalf(Formula.MCC, Activation.SIGMOID), I | FP | FN | spec.TN | BAD),
+        (VoxelHalf(VoxelTerm.CE), POS | N | BAD),
+        (VoxelHalf(VoxelTerm.CE, label_smoothing=0.1), POS | LS | N | BAD),
+        (VoxelHalf(VoxelTerm.CE, denominator=Denominator.WEIGHTS), POS | G | N | BAD),
+        (VoxelHalf(VoxelTerm.BCE), POS | spec.NEG | N | BAD),
+        (VoxelHalf(VoxelTerm.FOCAL_SOFTMAX), POS | N | BAD),
+    ],
+)
+def test_a_loss_of_one_half_has_its_rows(half, rows):
+    halves = (half, None) if isinstance(half, OverlapHalf) else (None, half)
+    for dense in (False, True):
+        loss = LossSpec.of(*halves, reduction=Reduction.MEAN, dense=dense)
+        assert loss.sums.rows == rows & ~(BAD if dense else 0)

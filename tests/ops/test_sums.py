@@ -307,7 +307,7 @@ def test_counts_are_exact_integers(classes, backend):
     shape, voxels = (2, classes, 13, 29, 37), 13 * 29 * 37
     labels = make_labels((2, 1, *shape[2:]), classes, torch.int16)
     ignored = labels == 1
-    spec = SumsSpec(False, Activation.SOFTMAX, OVERLAP_ROWS | G | N | 256, ignore_index=1)
+    spec = SumsSpec(False, Activation.SOFTMAX, rows=OVERLAP_ROWS | G | N | 256, ignore_index=1)
     op = getattr(torch.ops, BACKENDS[backend].namespace).sums
     slots = op(make_logits(shape), labels, None, *spec.args())
     assert slots.shape == (2, chunk_count(voxels), classes, 6)

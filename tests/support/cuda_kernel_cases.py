@@ -44,7 +44,7 @@ COUNTS = OVERLAP_ROWS | G | N | BAD
 def spec_of(term: str | None, rows: int = 0, ignore_index: int | None = None) -> SumsSpec:
     kind, more = KINDS[term]
     rows = rows or COUNTS | more
-    return SumsSpec(False, Activation.SOFTMAX, rows, voxel_term=kind, ignore_index=ignore_index)
+    return SumsSpec(False, Activation.SOFTMAX, rows=rows, voxel_term=kind, ignore_index=ignore_index)
 
 
 def ops_of(backend: str):
