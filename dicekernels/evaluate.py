@@ -14,7 +14,7 @@ from . import dispatch
 from .autograd import fused_loss, total_sums
 from .finish import VolumeWeight, finish
 from .ops import eager_totals
-from .spec import FN, LossSpec, chunk_count, row_index, row_names
+from .spec import FN, LossSpec, Weights, chunk_count, row_index, row_names
 
 # What explain() collects; None outside it.
 _recorder: list[Call | Step] | None = None
@@ -211,7 +211,7 @@ class Call:
             totals = totals + self.missed[..., None] * row
         empty = self.logits.numel() == 0
         rows, custom = spec.sums.rows, self.volume_weight
-        return finish(totals, *weights, rows, spec.finish, empty, self.dtype, custom)
+        return finish(totals, Weights(*weights), rows, spec.finish, empty, self.dtype, custom)
 
     def explain(self) -> Told:
         """Which backend runs it here and now and why, and what it costs."""
