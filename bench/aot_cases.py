@@ -16,7 +16,7 @@ import dicekernels
 import dicekernels.functional as losses
 from bench.cases import torch_dtype
 from dicekernels.evaluate import Call, record
-from dicekernels.spec import LossSpec, SumsSpec, chunk_count
+from dicekernels.spec import LossSpec, SumsSpec, Weights, chunk_count
 
 OPS = ("forward", "backward", "finish")
 LAYOUTS = ("contiguous", "channels_last")
@@ -154,8 +154,8 @@ class Problem:
             call = prepared(self.loss, self.classes)
             shape = spec.finish.loss_shape(self.samples, self.classes)
             loss = torch.empty(shape, dtype=call.dtype, device=device)
-            weights = (call.class_weight, call.pos_weight, call.neg_weight)
-            lambdas = (call.region_lambda, call.voxel_lambda)
-            numbers = (sums.rows, *spec.finish.args(False), call.dtype)
-            return plan_finish(loss, coef, slots, *weights, *lambdas, *numbers)
+            weights = Weights(
+                call.class_weight, call.pos_weight, call.neg_weight, call.region_lambda, call.voxel_lambda
+            )
+            return plan_finish(loss, coef, slots, weights, sums.rows, spec.finish, False)
         raise ValueError(f"op: got {op!r}, expected one of {OPS}")

@@ -146,7 +146,7 @@ def run(call: Call) -> Tensor:
             totals = call.between(totals)
         empty = call.logits.numel() == 0
         rows, custom = call.spec.sums.rows, call.volume_weight
-        loss = finish(totals, *call.weights, rows, call.spec.finish, empty, call.dtype, custom)
+        loss = finish(totals, call.weights, rows, call.spec.finish, empty, call.dtype, custom)
     else:
         tensors: tuple[Tensor | None, ...] = (call.logits, target, mask, *call.weights)
         if torch.compiler.is_compiling():

@@ -44,6 +44,7 @@ from dicekernels.spec import (
     N,
     Reduction,
     Transform,
+    Weights,
     row_index,
 )
 
@@ -172,7 +173,7 @@ def planned(slots: Tensor, rows: int, spec: FinishSpec) -> Launch:
     samples, _, classes, width = slots.shape
     loss = slots.new_full(spec.loss_shape(samples, classes), math.nan)
     coef = slots.new_full((samples, classes, width), math.nan)
-    return plan_finish(loss, coef, slots, *[None] * 5, rows, *spec.args(False), F64)
+    return plan_finish(loss, coef, slots, Weights(), rows, spec, False)
 
 
 @runs
@@ -233,9 +234,9 @@ def compiled(samples: int, chunks: int, classes: int, spec: FinishSpec, dtype: t
     slots = torch.empty(samples, chunks, classes, width, dtype=F64, device="meta")
     loss = slots.new_empty(spec.loss_shape(samples, classes), dtype=dtype)
     sizes = (classes - spec.skipped, classes, classes, 1, 1)
-    weights = [torch.empty(size, device="meta") for size in sizes]
+    weights = Weights(*(torch.empty(size, device="meta") for size in sizes))
     coef = slots.new_empty((samples, classes, width))
-    return plan_finish(loss, coef, slots, *weights, ALL_ROWS, *spec.args(False), dtype).compile()
+    return plan_finish(loss, coef, slots, weights, ALL_ROWS, spec, False).compile()
 
 
 KINDS = {
