@@ -27,31 +27,16 @@ from .backends.eager import LabelRangeError
 from .derivatives import Gradient
 from .spec import (
     BAD,
-    Activation,
-    Denominator,
     FinishSpec,
-    Formula,
-    GdlWeight,
     LossSpec,
-    Overlap,
-    Reduction,
     SumsSpec,
-    Transform,
-    VoxelTerm,
     chunk_count,
     row_index,
 )
 from .tensors import readable
 
-SUMS_ARGS = (
-    "bool dense, int activation, int overlap, int voxel_term, int rows, int? ignore_index, "
-    "bool product_mask, float focal_gamma, int first_class"
-)
-FINISH_ARGS = (
-    "int rows, int formula, float kappa, float alpha, float beta, float smooth_nr, float smooth_dr, "
-    "int transform, float exponent, int gdl_weight, int skipped, bool batch, int reduction, "
-    "float label_smoothing, int denominator, int voxel_skipped, bool empty, ScalarType dtype"
-)
+SUMS_ARGS = SumsSpec.schema()
+FINISH_ARGS = f"int rows, {FinishSpec.schema()}, bool empty, ScalarType dtype"
 SCHEMAS = {
     "sums": f"sums(Tensor logits, Tensor target, Tensor? mask, {SUMS_ARGS}) -> Tensor",
     "finish": (
@@ -69,54 +54,8 @@ NAMESPACES = ("dicekernels", "dicekernels_triton", "dicekernels_eager")
 libraries: dict[str, torch.library.Library] = {}
 
 
-@functools.lru_cache
-def sums_spec(args: tuple[Any, ...]) -> SumsSpec:
-    """From the arguments of the ops after their tensors."""
-    (
-        dense,
-        activation,
-        overlap,
-        voxel_term,
-        rows,
-        ignore_index,
-        product_mask,
-        focal_gamma,
-        first_class,
-    ) = args
-    return SumsSpec(
-        dense=dense,
-        activation=Activation(activation),
-        rows=rows,
-        overlap=Overlap(overlap),
-        voxel_term=VoxelTerm(voxel_term),
-        ignore_index=ignore_index,
-        product_mask=product_mask,
-        focal_gamma=focal_gamma,
-        first_class=first_class,
-    )
-
-
-def finish_spec(args: tuple[Any, ...]) -> FinishSpec:
-    """From the arguments of the op between ``formula`` and ``voxel_skipped``."""
-    formula, kappa, alpha, beta, smooth_nr, smooth_dr, transform, exponent, gdl_weight = args[:9]
-    skipped, batch, reduction, label_smoothing, denominator, voxel_skipped = args[9:15]
-    return FinishSpec(
-        Formula(formula),
-        kappa=kappa,
-        alpha=alpha,
-        beta=beta,
-        smooth_nr=smooth_nr,
-        smooth_dr=smooth_dr,
-        transform=Transform(transform),
-        exponent=exponent,
-        gdl_weight=GdlWeight(gdl_weight),
-        skipped=skipped,
-        batch=batch,
-        reduction=Reduction(reduction),
-        label_smoothing=label_smoothing,
-        denominator=Denominator(denominator),
-        voxel_skipped=voxel_skipped,
-    )
+sums_spec = functools.lru_cache(SumsSpec.of_args)
+finish_spec = FinishSpec.of_args
 
 
 def _eager_sums(logits: Tensor, target: Tensor, mask: Tensor | None, *args: Any) -> Tensor:
@@ -154,7 +93,7 @@ def _eager_finish(
     *args: Any,
 ) -> tuple[Tensor, Tensor]:
     arguments = (sums.sum(1), class_weight, pos_weight, neg_weight, region_lambda, voxel_lambda, rows)
-    spec, (empty, dtype) = finish_spec(args), args[-2:]
+    spec, (empty, dtype) = finish_spec(args[:-2]), args[-2:]
     return formulas.finish(*arguments, spec, empty, dtype), formulas.coef(*arguments, spec, empty)
 
 
@@ -189,7 +128,7 @@ def _fake_finish(
     *args: Any,
 ) -> tuple[Tensor, Tensor]:
     samples, _, classes, width = sums.shape
-    shape = finish_spec(args).loss_shape(samples, classes)
+    shape = finish_spec(args[:-2]).loss_shape(samples, classes)
     return sums.new_empty(shape, dtype=args[-1]), sums.new_empty((samples, classes, width))
 
 
