@@ -185,9 +185,9 @@ def load(path: Path) -> Document:
 
 def describe(suite: str, cases: str, device: str, backend: str, threads: int, rounds: int) -> Document:
     """The document without its rows: where, when and on what the suite runs."""
-    commit = _git("rev-parse", "HEAD")
+    commit = git("rev-parse", "HEAD")
     # Results are written by the runs themselves and do not make the code another one.
-    status = _git("status", "--porcelain", "--", ".", ":!bench/results")
+    status = git("status", "--porcelain", "--", ".", ":!bench/results")
     name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
     return {
         "schema": VERSION,
@@ -237,10 +237,10 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine() or "unknown"
 
 
-def _git(*arguments: str) -> str | None:
-    """Output of git in the repository, None where there is no repository or no git."""
+def git(*arguments: str, folder: Path = ROOT) -> str | None:
+    """Output of git in a repository, None where there is no repository or no git."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
