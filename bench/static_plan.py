@@ -1,6 +1,6 @@
 """The arithmetic of csrc/cuda/fast.h: which instance takes a problem, and how it is launched.
 
-Written again, since a machine that reads the report may have no compiler; tests/test_cuda_static.py
+Written again, since a machine that reads the report may have no compiler; tests/bench/test_cuda_static.py
 compares the numbers with the header's. Names as there.
 """
 
