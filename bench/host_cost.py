@@ -43,6 +43,7 @@ from dicekernels.backends import eager
 from dicekernels.evaluate import Call, record
 
 LIMIT = 100.0  # microseconds over the empty op
+MONAI_LIMIT = 0.25  # of MONAI's, both over the empty op
 OURS, MODULE, EMPTY, CUSTOM = "ours", "ours, module", "empty op", "empty custom_op"
 AGAINST, MONAI = "against", "monai"
 
@@ -90,9 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(json.dumps(result, indent=1))
     print(line(result))
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
         path = options.out / f"{name}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        schema.write(result, path)
         print(f"written: {path}")
 
 
@@ -147,10 +147,10 @@ def chosen(device: str, backend: str) -> Iterator[None]:
 
 
 def _offline(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Launches reach the GPU, or the launcher of bench/offline.py."""
+    """Launches reach the GPU, or the launcher of bench/gpu/offline.py."""
     if device == "cuda":
         return contextlib.nullcontext()
-    from bench.offline import idle_launcher, target
+    from bench.gpu.offline import idle_launcher, target
 
     return target(90, idle_launcher)
 
@@ -312,7 +312,7 @@ def compared(taken: dict[str, list[float]], options: argparse.Namespace) -> dict
     over = {name: list(map(operator.sub, taken[name], taken[f"{name}, {EMPTY}"])) for name in names}
     ratios = {name: list(map(operator.truediv, over[OURS], over[name])) for name in names[1:]}
     return _circumstances("cpu", options) | {
-        "against": options.against and schema.git("rev-parse", "HEAD", folder=options.against),
+        "against": options.against and (schema.git("rev-parse", "HEAD", folder=options.against) or "unknown"),
         "microseconds": summary(taken),
         "over": summary(over),
         "ours over": summary(ratios),

@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 import triton
 from triton.runtime import driver
 
-from bench.offline import target
+from bench.gpu.offline import target
 from dicekernels.backends.triton import finish as finish_module
 from dicekernels.backends.triton import kernels, launch
 from dicekernels.spec import (

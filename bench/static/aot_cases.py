@@ -1,4 +1,4 @@
-"""Problems whose kernels bench/aot.py compiles: a loss, its tensors on ``meta``, the plan of an op."""
+"""Problems whose kernels bench/static/aot.py compiles: a loss, its tensors on ``meta``, the plan of an op."""
 
 from __future__ import annotations
 
