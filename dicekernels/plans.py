@@ -29,6 +29,7 @@ _LAMBDAS = {
 }
 # Where the factors of the classes come from; the first of these options that is a tensor.
 _WEIGHTS = {"class_weight": ("dice_weight", "weight"), "pos_weight": ("weight",), "neg_weight": ()}
+_TENSORS = ("mask", "weight", "dice_weight")
 _DEVICES = ("cpu", "cuda", "xpu")
 
 Key = tuple[Any, ...]
@@ -92,20 +93,24 @@ def find(
     device = logits.device
     if device.type not in _DEVICES:
         return None, None
-    parts: list[Any] = [function, dispatch.forced_backend(), torch.is_autocast_enabled(device.type)]
-    parts += (logits.shape, logits.dtype, device, logits.layout)
-    parts += (target.shape, target.dtype, target.device, target.layout)
-    for name, value in options.items():
-        parts.append(name)
-        if name in _LAMBDAS:
-            continue
+    seen = options.copy()
+    for name in _TENSORS:
+        value = seen.get(name)
         if isinstance(value, Tensor):
             if type(value) not in (Tensor, nn.Parameter) or value.is_nested:
                 return None, None
-            parts += (value.shape, value.dtype, value.device, value.layout)
-        else:
-            parts.append(value)
-    key = tuple(parts)
+            seen[name] = (value.shape, value.dtype, value.device, value.layout)
+    for name in _LAMBDAS:
+        seen.pop(name, None)
+    key = (
+        function,
+        dispatch.forced_backend(),
+        torch.is_autocast_enabled(device.type),
+        (logits.shape, logits.dtype, device, logits.layout),
+        (target.shape, target.dtype, target.device, target.layout),
+        tuple(options),
+        tuple(seen.values()),
+    )
     try:
         return key, _plans.get(key)
     except TypeError:  # a list among the options
@@ -121,6 +126,8 @@ def keep(key: Key, call: Call, logits: Tensor, target: Tensor, options: dict[str
     if warns or not own or call.between is not None or call.volume_weight is not None or call.notes:
         return
     tensors = {name for name, x in options.items() if isinstance(x, Tensor) and name not in _LAMBDAS}
+    if not tensors <= set(_TENSORS):
+        return
     weights = []
     for field, places in _WEIGHTS.items():
         weight = getattr(call.weights, field)
