@@ -30,12 +30,12 @@ test-slow: build-tests ## the slow tests
 # Outside of .ci/run: pip downloads gigabytes where it finds CUDA builds alone.
 TORCH_VERSIONS ?= 2.14.1 2.15.0
 test-torch: build ## the compiled libraries beside other releases of torch (downloads them)
-	$(BIN)/python tests/other_torch.py $(TORCH_VERSIONS)
+	$(BIN)/python tests/build/other_torch.py $(TORCH_VERSIONS)
 
 # The library is compiled with the sanitizers, Python is not: their runtime is loaded before it.
 SANITIZED := build/sanitized
-SANITIZED_TESTS ?= tests/test_sums.py tests/test_finish.py tests/test_cuda_kernels.py \
-  tests/test_cuda_kernels_launch.py -k emulated
+SANITIZED_TESTS ?= tests/ops/test_sums.py tests/ops/test_finish.py tests/backends/test_cuda_kernels.py \
+  tests/backends/test_cuda_kernels_launch.py -k emulated
 test-sanitize: build ## the CUDA kernels on the CPU under ASan and UBSan (slow)
 	torch=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])') && \
 	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DDICEKERNELS_BUILD=cpu -DDICEKERNELS_EMULATED=ON \
@@ -66,7 +66,7 @@ wheel: $(VENV)/.dependencies ## a wheel for every Python >= 3.10, checked, in di
 	$(WHERE_NVCC_RUNS) $(BIN)/python -m pip wheel -v --no-build-isolation --no-deps --wheel-dir build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
 	  --wheel-dir build/wheel/tagged build/wheel/*.whl
-	$(BIN)/python tests/wheel_gate.py build/wheel/tagged/*.whl
+	$(BIN)/python tests/build/wheel_gate.py build/wheel/tagged/*.whl
 	@mkdir -p dist
 	@set -e; for wheel in build/wheel/tagged/*.whl; do mv "$$wheel" dist; echo "ok: dist/$${wheel##*/}"; done
 

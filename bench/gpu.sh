@@ -5,10 +5,10 @@
 #
 # Stages, in order of importance; each starts only while time is left:
 #   build      the CUDA library for this GPU alone (build/gpu), and what python -m dicekernels.env says
-#   check      tests/test_cuda*.py on the first backend, without what takes long
+#   check      tests/backends/test_cuda*.py on the first backend, without what takes long
 #   bench      the suite "gpu": both backends beside each other, shares of the copy bandwidth, memory
 #   tests      the CUDA kernels plan by plan, the contract (with gradcheck) on cuda, triton and eager, then
-#              tests/test_cuda*.py on both, tests/test_triton_f*.py
+#              test_cuda*.py and test_triton_f*.py of tests/backends on both
 #   sanitize   compute-sanitizer, where it is installed
 #   host       host cost of a step over an empty op
 #   peers      the suite "gpu_peers": MONAI and compiled closed forms
@@ -88,7 +88,7 @@ if [ -n "$wheel" ]; then
     done
     [ -n "$dry" ] || cd "$stage/tree"
 fi
-export PYTHONPATH=$site:$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH=$site:$PWD:$PWD/tests/support:$PWD/tests/ops${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 
 budget=${BUDGET:-540}
 failed=
@@ -185,26 +185,26 @@ fi
 
 if wanted check; then
     limited 120 env DICEKERNELS_BACKEND="${backends%% *}" "${pytest[@]}" \
-        tests/test_cuda.py tests/test_cuda_graphs.py \
+        tests/backends/test_cuda.py tests/backends/test_cuda_graphs.py \
         -k "not (inductor or reduce_overhead or two_to_the_31 or far_apart)"
 fi
 if wanted bench; then
-    limited 100 "$python" -m bench.prebuild --suite gpu
+    limited 100 "$python" -m bench.gpu.prebuild --suite gpu
     limited 200 "$python" -m bench.run --suite gpu --out "$OUT" --budget "$(within 170)" "$@"
 fi
 # shellcheck disable=SC2046  # lists of files
 if wanted tests; then
     if [ "${backends#cuda}" != "$backends" ]; then
-        limited 200 env DICEKERNELS_BACKEND=cuda "${on_gpu[@]}" $(cd tests && "$python" -m on_device cuda_kernels)
+        limited 200 env DICEKERNELS_BACKEND=cuda "${on_gpu[@]}" $("$python" -m on_device cuda_kernels)
     fi
     for backend in $backends eager; do
-        limited 200 env DICEKERNELS_BACKEND="$backend" "${on_gpu[@]}" $(cd tests && "$python" -m on_device)
+        limited 200 env DICEKERNELS_BACKEND="$backend" "${on_gpu[@]}" $("$python" -m on_device)
     done
-    limited 200 "${pytest[@]}" tests/test_cuda.py tests/test_cuda_graphs.py tests/test_triton_f*.py
+    limited 200 "${pytest[@]}" tests/backends/test_{cuda,cuda_graphs,triton_finish,triton_formulas}.py
 fi
 if wanted sanitize; then
     # shellcheck disable=SC2086  # a list of names
-    limited 320 "$python" -m bench.sanitize --backends $backends --budget "$(within 300)"
+    limited 320 "$python" -m bench.gpu.sanitize --backends $backends --budget "$(within 300)"
 fi
 if wanted host; then
     for backend in $backends; do
@@ -215,7 +215,7 @@ if wanted peers; then
     limited 300 "$python" -m bench.run --suite gpu_peers --out "$OUT" --budget "$(within 150)" "$@"
 fi
 if wanted tune; then
-    limited 540 "$python" -m bench.tune --out "$OUT" --budget "$(within 400)"
+    limited 540 "$python" -m bench.gpu.tune --out "$OUT" --budget "$(within 400)"
 fi
 
 if [ -n "$dry" ]; then
@@ -239,9 +239,9 @@ error = ((gradient - slope).norm() / slope.norm()).item()
 assert abs(loss - truth) < 1e-5 * abs(truth) and error < 1e-5, (loss, truth, error)
 print(f"triton in the interpreter: loss {loss:.5f}, eager {truth:.5f}; gradients differ by {error:.1e}")
 PYTHON
-    "$python" -m bench.tune --dry-run --layouts contiguous --out "$OUT"
-    "$python" -m bench.prebuild --capability 90 --limit 1 --workers 1
-    "$python" -m bench.sanitize --problems --device cpu --backends eager
+    "$python" -m bench.gpu.tune --dry-run --layouts contiguous --out "$OUT"
+    "$python" -m bench.gpu.prebuild --capability 90 --limit 1 --workers 1
+    "$python" -m bench.gpu.sanitize --problems --device cpu --backends eager
 fi
 if [ -n "$failed" ]; then
     echo "gpu.sh: failed:$failed"

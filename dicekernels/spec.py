@@ -6,8 +6,13 @@ The numbers of the enums, the order of :data:`ROWS` and :func:`chunk_voxels` are
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, fields
 from enum import IntEnum
+from typing import Any, ClassVar, NamedTuple, TypeVar, get_type_hints
+
+from torch import Tensor
 
 
 class Activation(IntEnum):
@@ -110,8 +115,86 @@ def row_index(rows: int, row: int) -> int:
     return (rows & (row - 1)).bit_count()
 
 
+def needed_rows(
+    *,
+    dense: bool,
+    formula: Formula = Formula.NONE,
+    voxel_term: VoxelTerm = VoxelTerm.NONE,
+    denominator: Denominator = Denominator.ONE,
+    label_smoothing: float = 0.0,
+) -> int:
+    """The rows that a loss of this kind sums: what its formulas read, and of labels the count of bad ones."""
+    rows = 0 if dense else BAD
+    if formula != Formula.NONE:
+        rows |= OVERLAP_ROWS
+    if formula == Formula.GENERALIZED or denominator == Denominator.WEIGHTS:
+        rows |= G
+    if formula == Formula.MCC:
+        rows |= TN
+    if voxel_term != VoxelTerm.NONE:
+        rows |= POS | N
+    if voxel_term in (VoxelTerm.BCE, VoxelTerm.FOCAL_SIGMOID):
+        rows |= NEG
+    if label_smoothing != 0.0:
+        rows |= LS
+    return rows
+
+
+class Weights(NamedTuple):
+    """Factors of a loss; None for 1.
+
+    Attributes:
+        class_weight: (C - skipped,) of the overlap terms.
+        pos_weight: (C,) of the POS and LS rows.
+        neg_weight: (C,) of the NEG row.
+        region_lambda, voxel_lambda: 0-dim, of the overlap loss and of the voxel term.
+    """
+
+    class_weight: Tensor | None = None
+    pos_weight: Tensor | None = None
+    neg_weight: Tensor | None = None
+    region_lambda: Tensor | None = None
+    voxel_lambda: Tensor | None = None
+
+
+_N = TypeVar("_N", bound="Numbers")
+
+
+class Numbers:
+    """A frozen dataclass of numbers: its fields, in their order, are arguments of an op."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    _args: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        values = [getattr(self, name) for name in self.__dataclass_fields__]
+        args = tuple(int(value) if isinstance(value, IntEnum) else value for value in values)
+        object.__setattr__(self, "_args", args)
+
+    @classmethod
+    @functools.cache
+    def kinds(cls) -> dict[str, Any]:
+        """Type of each field."""
+        hints = get_type_hints(cls)
+        return {member.name: hints[member.name] for member in fields(cls)}
+
+    @classmethod
+    def schema(cls) -> str:
+        """The arguments as torch's schemas spell them."""
+        names = {bool: "bool", float: "float", int | None: "int?"}
+        return ", ".join(f"{names.get(kind, 'int')} {name}" for name, kind in cls.kinds().items())
+
+    @classmethod
+    def of_args(cls: type[_N], args: Sequence[Any]) -> _N:
+        """From the arguments of an op that :meth:`schema` names."""
+        values = {}
+        for (name, kind), value in zip(cls.kinds().items(), args, strict=True):
+            values[name] = kind(value) if isinstance(kind, type) and issubclass(kind, IntEnum) else value
+        return cls(**values)
+
+
 @dataclass(frozen=True)
-class SumsSpec:
+class SumsSpec(Numbers):
     """What the two passes over the volume do.
 
     Attributes:
@@ -125,31 +208,22 @@ class SumsSpec:
 
     dense: bool
     activation: Activation
-    rows: int
+    _: KW_ONLY
     overlap: Overlap = Overlap.PRODUCT
     voxel_term: VoxelTerm = VoxelTerm.NONE
+    rows: int
     ignore_index: int | None = None
     product_mask: bool = False
     focal_gamma: float = 2.0
     first_class: int = 0
 
-    def args(self) -> tuple[bool, int, int, int, int, int | None, bool, float, int]:
+    def args(self) -> tuple[Any, ...]:
         """The trailing arguments of the ops ``sums`` and ``sums_backward``."""
-        return (
-            self.dense,
-            int(self.activation),
-            int(self.overlap),
-            int(self.voxel_term),
-            self.rows,
-            self.ignore_index,
-            self.product_mask,
-            self.focal_gamma,
-            self.first_class,
-        )
+        return self._args
 
 
 @dataclass(frozen=True)
-class FinishSpec:
+class FinishSpec(Numbers):
     """How sums become a loss: score = (kappa I + nr) / (kappa I + alpha FP + beta FN + dr).
 
     Attributes:
@@ -174,45 +248,9 @@ class FinishSpec:
     denominator: Denominator = Denominator.ONE
     voxel_skipped: int = 0
 
-    def args(
-        self, empty: bool
-    ) -> tuple[
-        int,
-        float,
-        float,
-        float,
-        float,
-        float,
-        int,
-        float,
-        int,
-        int,
-        bool,
-        int,
-        float,
-        int,
-        int,
-        int,
-    ]:
+    def args(self, empty: bool) -> tuple[Any, ...]:
         """The trailing arguments of the op ``finish`` after ``rows``."""
-        return (
-            int(self.formula),
-            self.kappa,
-            self.alpha,
-            self.beta,
-            self.smooth_nr,
-            self.smooth_dr,
-            int(self.transform),
-            self.exponent,
-            int(self.gdl_weight),
-            self.skipped,
-            self.batch,
-            int(self.reduction),
-            self.label_smoothing,
-            int(self.denominator),
-            self.voxel_skipped,
-            empty,
-        )
+        return (*self._args, empty)
 
     def loss_shape(self, samples: int, classes: int) -> tuple[int, ...]:
         """Shape of the op's loss: () when reduced, else (groups, outputs)."""
@@ -223,31 +261,92 @@ class FinishSpec:
 
 
 @dataclass(frozen=True)
+class OverlapHalf:
+    """The overlap term of a loss, fields as in :class:`SumsSpec` and :class:`FinishSpec`."""
+
+    formula: Formula
+    activation: Activation
+    overlap: Overlap = Overlap.PRODUCT
+    kappa: float = 2.0
+    alpha: float = 1.0
+    beta: float = 1.0
+    smooth_nr: float = 1e-5
+    smooth_dr: float = 1e-5
+    transform: Transform = Transform.LINEAR
+    exponent: float = 1.0
+    gdl_weight: GdlWeight = GdlWeight.SQUARE
+    skipped: int = 0
+    batch: bool = False
+
+
+@dataclass(frozen=True)
+class VoxelHalf:
+    """The voxel term of a loss, fields as in :class:`SumsSpec` and :class:`FinishSpec`."""
+
+    voxel_term: VoxelTerm
+    label_smoothing: float = 0.0
+    denominator: Denominator = Denominator.ONE
+    voxel_skipped: int = 0
+    focal_gamma: float = 2.0
+    first_class: int = 0
+
+
+@dataclass(frozen=True)
 class LossSpec:
     """A loss: the sums that it needs and the formula over them."""
 
     sums: SumsSpec
     finish: FinishSpec
 
+    @staticmethod
+    def of(
+        overlap: OverlapHalf | None,
+        voxel: VoxelHalf | None,
+        *,
+        reduction: Reduction,
+        dense: bool,
+        ignore_index: int | None = None,
+        product_mask: bool = False,
+    ) -> LossSpec:
+        """The sum of the halves that are there, with the rows that it needs."""
+        values: dict[str, Any] = {
+            "formula": Formula.NONE,
+            "activation": Activation.NONE,
+            "reduction": reduction,
+            "dense": dense,
+            "ignore_index": ignore_index,
+            "product_mask": product_mask,
+        }
+        for half in (overlap, voxel):
+            if half is not None:
+                values |= {name: getattr(half, name) for name in half.__dataclass_fields__}
+        finish = FinishSpec(**{k: v for k, v in values.items() if k in FinishSpec.__dataclass_fields__})
+        rows = needed_rows(
+            dense=dense,
+            formula=finish.formula,
+            voxel_term=values.get("voxel_term", VoxelTerm.NONE),
+            denominator=finish.denominator,
+            label_smoothing=finish.label_smoothing,
+        )
+        sums = {k: v for k, v in values.items() if k in SumsSpec.__dataclass_fields__}
+        return LossSpec(SumsSpec(rows=rows, **sums), finish)
+
     def __post_init__(self) -> None:
-        rows, finish = self.sums.rows, self.finish
-        needed = 0
-        if finish.formula != Formula.NONE:
-            needed |= OVERLAP_ROWS
-        if finish.formula == Formula.GENERALIZED or finish.denominator == Denominator.WEIGHTS:
-            needed |= G
-        if finish.formula == Formula.MCC:
-            needed |= TN
-        if self.sums.voxel_term != VoxelTerm.NONE:
-            needed |= POS | N
-        if finish.label_smoothing != 0.0:
-            needed |= LS
-        if needed & ~rows:
+        sums, finish = self.sums, self.finish
+        needed = needed_rows(
+            dense=sums.dense,
+            formula=finish.formula,
+            voxel_term=sums.voxel_term,
+            denominator=finish.denominator,
+            label_smoothing=finish.label_smoothing,
+        )
+        missing = needed & ~(BAD | NEG | sums.rows)
+        if missing:
             raise ValueError(
-                f"rows: got {row_names(rows)}, expected also {row_names(needed & ~rows)}; "
+                f"rows: got {row_names(sums.rows)}, expected also {row_names(missing)}; "
                 "switch on every row that the formula reads"
             )
-        if self.sums.voxel_term != VoxelTerm.NONE and finish.reduction == Reduction.NONE:
+        if sums.voxel_term != VoxelTerm.NONE and finish.reduction == Reduction.NONE:
             raise ValueError(
                 'reduction: got "none" together with a voxel term, expected "mean" or "sum"; '
                 "evaluate the two terms apart"

@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 
 
 # The tests make their tensors on the CPU, unless on_device.py runs them on a GPU. On the CPU Triton only runs
-# in its interpreter, which takes a process of its own (tests/test_triton_interpreter.py), for "triton" alone.
+# in its interpreter, which takes a process of its own (test_triton_interpreter.py), for "triton" alone.
 if interpreted():
     import triton_interpreter
 

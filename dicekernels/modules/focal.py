@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .. import checks, functional
 from ..arguments import documented
-from ..functional.focal import Alpha
 from ..overrides import remember
 from ..prepare import dense_labels
+from ..terms import Alpha
 from .halves import TwoHalves
 from .loss import Loss, part_of, same
 from .overlap import DICE, SUMS, DiceLoss, GeneralizedDiceLoss

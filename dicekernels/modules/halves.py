@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..evaluate import record_step
+from ..call import record_step
 from ..overrides import overridden
 from ..tensors import readable
 from .loss import Condition, Loss

@@ -18,7 +18,7 @@ COPY . /src
 WORKDIR /src
 RUN pip wheel --no-build-isolation --no-deps --wheel-dir /built . \
  && auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir /dist /built/*.whl \
- && python tests/wheel_gate.py /dist/*.whl
+ && python tests/build/wheel_gate.py /dist/*.whl
 
 FROM scratch
 COPY --from=build /dist /

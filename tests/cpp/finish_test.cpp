@@ -1,5 +1,5 @@
-// csrc/common/finish.h for tests/test_common_headers.py, evaluated by one thread or by a team of
-// some.
+// csrc/common/finish.h for tests/ops/test_common_headers.py, evaluated by one thread or by a team
+// of some.
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>

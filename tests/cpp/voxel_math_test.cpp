@@ -1,6 +1,6 @@
-// The mathematics of one voxel on arrays, for tests/test_common_headers.py. Compiled twice: over
-// functions of the host that are as exact as they can be, and, with DK_EMULATED, over those of the
-// CUDA kernels.
+// The mathematics of one voxel on arrays, for tests/ops/test_common_headers.py. Compiled twice:
+// over functions of the host that are as exact as they can be, and, with DK_EMULATED, over those of
+// the CUDA kernels.
 #include <cmath>
 #include <cstdint>
 
