@@ -53,13 +53,16 @@ _TYPES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "str": ("str", _text),
     "Alpha": ("Any", _number),
     "Half": ("float[]", tuple),
+    # An activation of the user's is what it has made of the logits.
+    **dict.fromkeys(
+        ("Tensor", "Tensor | None", "OtherAct", "checks.Weight", "checks.Weight | Literal['weight']"),
+        ("Tensor?", lambda value: value),
+    ),
 }
-# All others are class weights, a matrix, and what an activation of the user's has made of the logits.
-_TENSOR: tuple[str, Callable[[Any], Any]] = ("Tensor?", lambda value: value)
 
 
 def _type(annotation: str) -> tuple[str, Callable[[Any], Any]]:
-    return _TYPES["str"] if annotation.startswith("Literal") else _TYPES.get(annotation, _TENSOR)
+    return _TYPES["str" if annotation.startswith("Literal") else annotation]
 
 
 def _place(part: str, name: str) -> str:

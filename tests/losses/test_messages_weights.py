@@ -145,9 +145,13 @@ def test_other_options_of_a_number_for_each_class() -> None:
 def test_the_text_of_a_scripted_weight() -> None:
     options = {"to_onehot_y": True, "softmax": True, "include_background": False}
     for weight, loss, part in (
-        ([1.0] * (C - 1), dicekernels.DiceCELoss, "weight: got 3 values, expected 4, background included"),
+        (
+            [1.0] * (C - 1),
+            dicekernels.DiceCELoss,
+            "Got 3, expected 4: the weight of DiceCELoss has one for every class",
+        ),
         ([1.0] * C, dicekernels.DiceLoss, "Got 4, expected 3; leave out that of the background, weight[1:]"),
-        ([1.0, math.nan, 1.0], dicekernels.DiceLoss, "no less than 0, and finite"),
+        ([1.0, math.nan, 1.0], dicekernels.DiceLoss, "weight: got nan, expected finite values"),
     ):
         with pytest.raises(torch.jit.Error) as caught:
             torch.jit.script(loss(weight=weight, **options))(Z, Y)
