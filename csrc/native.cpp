@@ -102,6 +102,8 @@ py::dict pass_of(const dicekernels::Problem& p, bool backward) {
                                    : cuda::plan_memory(fast, bytes, masked).bytes;
     out["classes_in_registers"] = fast.held;
     out["warps_per_voxel"] = fast.warps;
+    out["voxels_per_thread"] = fast.last ? cuda::last_voxels(bytes, fast.warps > 1)
+                                         : cuda::row_voxels(bytes, fast.held, fast.warps > 1);
     out["wide"] = fast.wide;
     out["channels_last"] = fast.last;
     out["direct_labels"] = fast.direct;

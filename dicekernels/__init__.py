@@ -5,6 +5,7 @@ Functions: ``dicekernels.functional``. What runs where: ``python -m dicekernels.
 """
 
 from ._version import __version__
+from .backends.eager import LabelRangeError
 from .dispatch import available_backends, unavailable_backends, use_backend
 from .dropin.monai import from_monai
 from .explain import explain
@@ -24,7 +25,6 @@ from .modules import (
     MCCLoss,
     TverskyLoss,
 )
-from .ops import LabelRangeError
 
 __all__ = [
     "AsymmetricUnifiedFocalLoss",

@@ -1,7 +1,7 @@
 """A loss on its tensors as data (:class:`Call`), and the one place that runs it (:func:`run`).
 
-Between its sums and its formula stands ``Call.between``: what changes the (B, C, R) sums of a volume before they
-become a loss enters there.
+Between its sums and its formula stands ``Call.between``: there enters what changes the (B, C, R) sums of a
+volume before they become a loss.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,18 @@ from .finish import VolumeWeight, finish
 from .ops import eager_totals
 from .spec import LossSpec, SumsSpec, Weights
 
-_T = TypeVar("_T", bound=Tensor | None)
+_T = TypeVar("_T", Tensor, Tensor | None)
+_NONE = Weights()
+# The tensors beside the logits as messages name them: target, mask and Weights.
+_NAMES = (
+    "target",
+    "mask",
+    "weight",
+    "pos_weight",
+    "neg_weight",
+    "the lambda of the overlap term",
+    "the lambda of the voxel term",
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class Call:
     mask: Tensor | None
     spec: LossSpec
     dtype: torch.dtype
-    weights: Weights = Weights()
+    weights: Weights = _NONE
     shape: tuple[int, ...] | None = None
     between: Callable[[Tensor], Tensor] | None = None
     volume_weight: VolumeWeight | None = None
@@ -69,9 +80,7 @@ class Call:
         """Why only the differentiable eager backend can run it, or ""."""
         if not torch.is_grad_enabled():
             return ""
-        names = ("target", "mask", "weight", "pos_weight", "neg_weight")
-        names += ("the lambda of the overlap term", "the lambda of the voxel term")
-        for name, tensor in zip(names, (self.target, self.mask, *self.weights), strict=True):
+        for name, tensor in zip(_NAMES, (self.target, self.mask, *self.weights), strict=True):
             if tensor is not None and tensor.requires_grad:
                 return f"{name} requires a gradient, and the kernels differentiate the logits alone"
         return ""
@@ -83,9 +92,9 @@ _observer: Callable[[Call | Step], None] | None = None
 
 @contextmanager
 def observed(by: Callable[[Call | Step], None]) -> Iterator[None]:
-    """Inside the block losses are built and not run: each Call goes to ``by``, in place of its value stand zeros.
+    """Inside the block losses are built and not run: ``by`` gets the Calls and Steps, a loss is zeros.
 
-    What needs PyTorch's own autograd runs, and is told as a Call or a Step: only then is known what it keeps.
+    What needs PyTorch's own autograd runs, since only then is known what it keeps.
     """
     global _observer
     before, _observer = _observer, by
@@ -125,7 +134,8 @@ def run(call: Call) -> Tensor:
     if _observer is not None:
         _observer(call)
         if not reason:
-            loss = stand_in(call.logits, call.spec.finish.loss_shape(*call.logits.shape[:2]), call.dtype)
+            shape = call.spec.finish.loss_shape(*call.logits.shape[:2])
+            loss = stand_in(shape, call.dtype, call.logits, call.target, call.mask)
             return loss if call.shape is None else loss.reshape(call.shape)
     target, mask = call.target, call.mask
     if not torch.compiler.is_compiling() and torch.is_grad_enabled() and call.logits.requires_grad:
@@ -138,16 +148,33 @@ def run(call: Call) -> Tensor:
         rows, custom = call.spec.sums.rows, call.volume_weight
         loss = finish(totals, call.weights, rows, call.spec.finish, empty, call.dtype, custom)
     else:
-        tensors = (call.logits, target, mask, *call.weights)
+        tensors: tuple[Tensor | None, ...] = (call.logits, target, mask, *call.weights)
         if torch.compiler.is_compiling():
             tensors = _distinct(tensors)
         loss = fused_loss(tensors, call.spec, dispatch.choose(call.logits).namespace, call.dtype)
     return loss if call.shape is None else loss.reshape(call.shape)
 
 
-def stand_in(logits: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros in the graph of the logits, which keep nothing of them."""
-    return logits[:0].sum().to(dtype).expand(shape)
+class StandIn(torch.autograd.Function):
+    """Zeros in the place of a loss, and in its backward; what the loss keeps of its inputs is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, shape: tuple[int, ...], dtype: torch.dtype, logits: Tensor, *others: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(logits, *others)
+        return logits.new_zeros(shape, dtype=dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        logits, *others = ctx.saved_tensors
+        return None, None, torch.zeros_like(logits), *(None for _ in others)
+
+
+def stand_in(shape: tuple[int, ...], dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
+    """:class:`StandIn` of (logits, target, mask)."""
+    zeros: Tensor = StandIn.apply(shape, dtype, *tensors)  # type: ignore[no-untyped-call]  # torch's
+    return zeros
 
 
 def _totals(logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec, *, eager: bool) -> Tensor:

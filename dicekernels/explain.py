@@ -25,8 +25,8 @@ FEW_BYTES = 4096
 def explain(loss: Callable[..., Any], logits: Tensor | Sequence[Tensor], target: Tensor, **more: Any) -> str:
     """Builds ``loss(logits, target, **more)`` and tells how it runs, in a sentence and then in detail.
 
-    The kernels do not run: in the place of a loss that they compute stand zeros, with zero gradient, and labels out
-    of range are not found. What PyTorch computes (``other_act``, maps, gradients of targets) does run, so that
+    The kernels do not run: in place of a loss of theirs stand zeros, with zero gradient, and labels out of
+    range are not found. What PyTorch computes (``other_act``, maps, gradients of targets) does run, so that
     the memory that it keeps can be measured.
 
     Args:
@@ -38,9 +38,9 @@ def explain(loss: Callable[..., Any], logits: Tensor | Sequence[Tensor], target:
 
     Returns:
         First one sentence: how many passes over the volume, where, and the memory that is kept for backward
-        (what the loss's graph holds beside the tensors given here and those of the module: measured, but for
-        the sums of the kernels). Then for each call its backend, the reasons against the others, the sums, and
-        notes on whatever happens outside the kernels.
+        (measured, but for the sums of the kernels: what the loss's graph holds beside the tensors given here
+        and those of the module). Then for each call its backend, the reasons against the others, the sums,
+        and notes on whatever happens outside the kernels.
 
     Raises:
         ValueError: the callable used no loss of this package.
@@ -96,8 +96,8 @@ def told(call: Call) -> Told:
             lines.append(f"  not {name}: {refusal or reason or other}")
     lines += [
         f"logits: {tuple(logits.shape)} {logits.dtype} on {logits.device}, "
-        f"{logits.numel() * logits.element_size() / 1e6:.1f} MB; target: {tuple(target.shape)} {target.dtype}, "
-        f"{'values' if call.spec.sums.dense else 'labels'}",
+        f"{logits.numel() * logits.element_size() / 1e6:.1f} MB; target: {tuple(target.shape)} "
+        f"{target.dtype}, {'values' if call.spec.sums.dense else 'labels'}",
         f"sums: {', '.join(rows)} in {chunks} chunks a sample, {kept * chunks / 1e6:.3f} MB; "
         f"kept for backward: {kept / 1e6:.3f} MB beside the inputs",
     ]

@@ -5,6 +5,7 @@ Differentiable with respect to the sums, the weights and the lambdas. Formulas: 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ from .spec import (
     LS,
     NEG,
     POS,
+    ROWS,
     TN,
     Denominator,
     FinishSpec,
@@ -27,10 +29,13 @@ from .spec import (
     N,
     Reduction,
     Transform,
+    Weights,
     row_index,
 )
 from .tensors import dense_tensor
 
+# A tensor for each row that is on, or for each that a formula depends on.
+Rows = dict[int, Tensor]
 # Class weights of the generalized Dice loss from volumes, float32 (B, K) or, with ``batch``, (K,).
 VolumeWeight = Callable[[Tensor], Tensor]
 
@@ -40,11 +45,7 @@ LOWEST_SCORE = 1e-7
 
 def finish(
     totals: Tensor,
-    class_weight: Tensor | None,
-    pos_weight: Tensor | None,
-    neg_weight: Tensor | None,
-    region_lambda: Tensor | None,
-    voxel_lambda: Tensor | None,
+    weights: Weights,
     rows: int,
     spec: FinishSpec,
     empty: bool,
@@ -58,10 +59,6 @@ def finish(
 
     Args:
         totals: (B, C, R) float64, the rows that ``rows`` switches on.
-        class_weight: (C - skipped,) factors of the overlap terms.
-        pos_weight: (C,) factors of the POS and LS rows.
-        neg_weight: (C,) factors of the NEG row.
-        region_lambda, voxel_lambda: 0-dim factors of the overlap loss and of the voxel term.
         empty: the problem has no sample or no voxel.
         dtype: of the loss, floating.
         volume_weight: in place of that of ``spec.gdl_weight``.
@@ -72,19 +69,10 @@ def finish(
     row = _rows(totals, rows)
     loss = totals.new_zeros(())
     if spec.formula != Formula.NONE:
-        overlap = _overlap_rows(row, spec)
-        if volume_weight is None:
-            terms = _TERMS[spec.formula](overlap, spec)
-        else:
-            terms = _generalized(overlap, spec, custom_class_weight(overlap[G], volume_weight, spec.batch))
-        if class_weight is not None and spec.formula == Formula.RATIO:
-            terms = terms * class_weight.to(terms)
-        if spec.reduction != Reduction.NONE:
-            terms = terms.mean() if spec.reduction == Reduction.MEAN else terms.sum()
-        loss = finish_half(terms, region_lambda, dtype)
+        region = finish_region(row, weights.class_weight, spec, volume_weight)
+        loss = finish_half(region, weights.region_lambda, dtype)
     if POS in row:
-        voxel = finish_voxel(row, pos_weight, neg_weight, spec, empty)
-        loss = loss + finish_half(voxel, voxel_lambda, dtype)
+        loss = loss + finish_half(finish_voxel(row, weights, spec, empty), weights.voxel_lambda, dtype)
     if BAD in row:
         # Weights survive a batch with labels out of range: the loss shows it, the gradient is zero.
         # Only NaN is selected, so nothing of a bad batch flows back.
@@ -110,38 +98,83 @@ def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value + torch.where(rounded == exact, 0.0, rounded - exact)  # no inf - inf
 
 
-def finish_ratio(row: dict[int, Tensor], spec: FinishSpec) -> Tensor:
-    """Dice, Jaccard and Tversky terms (groups, classes)."""
-    score, miss, _ = _ratio(spec.kappa * row[I], spec.alpha * row[FP] + spec.beta * row[FN], spec)
+def finish_region(
+    row: Rows, class_weight: Tensor | None, spec: FinishSpec, volume_weight: VolumeWeight | None
+) -> Tensor:
+    """The overlap terms (groups, outputs), or their mean or sum."""
+    overlap = _overlap_rows(row, spec)
+    if volume_weight is None:
+        terms, _ = _FORMULAS[spec.formula](overlap, spec)
+    else:
+        weight = custom_class_weight(overlap[G], volume_weight, spec.batch)
+        terms, _ = _generalized(overlap, spec, weight)
+    if class_weight is not None and spec.formula == Formula.RATIO:
+        terms = terms * class_weight.to(terms)
+    if spec.reduction == Reduction.NONE:
+        return terms
+    return terms.mean() if spec.reduction == Reduction.MEAN else terms.sum()
+
+
+def finish_ratio(row: Rows, spec: FinishSpec) -> tuple[Tensor, Rows]:
+    """Dice, Jaccard and Tversky terms (groups, classes), and their slopes in I, FP and FN."""
+    score, miss, bottom = _ratio(spec.kappa * row[I], spec.alpha * row[FP] + spec.beta * row[FN], spec)
+    value, outer = miss, torch.ones_like(miss)  # outer = d value / d miss
     if spec.transform == Transform.LOG:
-        return -torch.log(score.clamp_min(LOWEST_SCORE))
-    if spec.transform == Transform.POWER:
+        value = -torch.log(score.clamp_min(LOWEST_SCORE))
+        outer = torch.where(score < LOWEST_SCORE, 0.0, 1 / score)
+    elif spec.transform == Transform.POWER:
         perfect = miss <= 0  # -inf is, NaN is not
-        return torch.where(perfect, 0.0, torch.where(perfect, 1.0, miss) ** spec.exponent)
-    return miss
+        value = torch.where(perfect, 0.0, torch.where(perfect, 1.0, miss) ** spec.exponent)
+        outer = torch.where(perfect, 0.0, spec.exponent * miss ** (spec.exponent - 1))
+    by_error = outer * score / bottom
+    slopes = {I: -outer * spec.kappa * miss / bottom, FP: spec.alpha * by_error, FN: spec.beta * by_error}
+    return value, slopes
 
 
-def finish_generalized(row: dict[int, Tensor], spec: FinishSpec) -> Tensor:
-    """Generalized Dice terms (groups, 1); infinite class weights become the largest finite one."""
+def finish_generalized(row: Rows, spec: FinishSpec) -> tuple[Tensor, Rows]:
+    """Generalized Dice terms (groups, 1), and their slopes in I, FP and FN, the weights being constants.
+
+    Infinite class weights become the largest finite one.
+    """
     return _generalized(row, spec, gdl_class_weight(row[G], spec.gdl_weight))
 
 
-def _generalized(row: dict[int, Tensor], spec: FinishSpec, weight: Tensor) -> Tensor:
+def _generalized(row: Rows, spec: FinishSpec, weight: Tensor) -> tuple[Tensor, Rows]:
     hits, errors = 2 * weight * row[I], weight * (row[FP] + row[FN])
-    return _ratio(hits.sum(1, keepdim=True), errors.sum(1, keepdim=True), spec)[1]
+    score, miss, bottom = _ratio(hits.sum(1, keepdim=True), errors.sum(1, keepdim=True), spec)
+    by_error = weight * score / bottom
+    return miss, {I: -2 * weight * miss / bottom, FP: by_error, FN: by_error}
 
 
-def finish_mcc(row: dict[int, Tensor], spec: FinishSpec) -> Tensor:
-    """1 - Matthews' correlation coefficient (groups, classes); 0 where nothing is wrong."""
-    perfect, top, square = _mcc(row, spec)
-    return torch.where(perfect, 0.0, 1 - top / torch.where(perfect, 1.0, square).sqrt())
+def finish_mcc(row: Rows, spec: FinishSpec) -> tuple[Tensor, Rows]:
+    """1 - Matthews' correlation coefficient (groups, classes), and its slopes in I, FP, FN and TN.
 
-
-def _mcc(row: dict[int, Tensor], spec: FinishSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Whether fp = fn = 0, the numerator of the coefficient and the square of its denominator."""
+    All are 0 where nothing is wrong.
+    """
     tp, fp, fn, tn = (row[bit] for bit in (I, FP, FN, TN))
+    perfect = (fp == 0) & (fn == 0)
+    top = tp * tn - fp * fn + spec.smooth_nr
     square = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn) + spec.smooth_dr
-    return (fp == 0) & (fn == 0), tp * tn - fp * fn + spec.smooth_nr, square
+    square = torch.where(perfect, 1.0, square)
+    root, half = square.sqrt(), top / (2 * square)
+
+    def slope(of_top: Tensor, of_square: Tensor) -> Tensor:
+        return torch.where(perfect, 0.0, (half * of_square - of_top) / root)
+
+    return torch.where(perfect, 0.0, 1 - top / root), {
+        I: slope(tn, (tn + fp) * (tn + fn) * (2 * tp + fp + fn)),
+        FP: slope(-fn, (tp + fn) * (tn + fn) * (2 * fp + tp + tn)),
+        FN: slope(-fp, (tp + fp) * (tn + fp) * (2 * fn + tp + tn)),
+        TN: slope(tp, (tp + fp) * (tp + fn) * (2 * tn + fp + fn)),
+    }
+
+
+# Each gives the terms and their slopes.
+_FORMULAS = {
+    Formula.RATIO: finish_ratio,
+    Formula.GENERALIZED: finish_generalized,
+    Formula.MCC: finish_mcc,
+}
 
 
 def _ratio(hits: Tensor, errors: Tensor, spec: FinishSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,22 +224,11 @@ def _largest_finite(weight: Tensor, infinite: Tensor) -> Tensor:
     return torch.where(infinite, finite.amax(1, keepdim=True), finite)
 
 
-def finish_voxel(
-    row: dict[int, Tensor],
-    pos_weight: Tensor | None,
-    neg_weight: Tensor | None,
-    spec: FinishSpec,
-    empty: bool,
-) -> Tensor:
+def finish_voxel(row: Rows, weights: Weights, spec: FinishSpec, empty: bool) -> Tensor:
     """Cross entropy, BCE or focal loss of the whole batch, a scalar."""
-    classes = row[POS].shape[1]
-    pos, neg = (_voxel_weight(weight, row, spec) for weight in (pos_weight, neg_weight))
-    total = (1 - spec.label_smoothing) * (row[POS] * pos).sum(1, keepdim=True)
-    if LS in row:
-        total = total + spec.label_smoothing / classes * (row[LS] * pos).sum(1, keepdim=True)
-    if NEG in row:
-        total = total + (row[NEG] * neg).sum(1, keepdim=True)
-    denominator = _denominator(row, pos, spec)
+    factors, denominator = _voxel_factors(row, weights, spec)
+    shares = (number * (row[bit] * weight).sum(1, keepdim=True) for bit, (number, weight) in factors.items())
+    total = functools.reduce(torch.add, shares)
     if spec.denominator != Denominator.SAMPLES:
         total = total.sum()
     if empty:
@@ -216,111 +238,64 @@ def finish_voxel(
     return torch.where(nothing, 0.0 * total, total / torch.where(nothing, 1.0, denominator)).sum()
 
 
-def coef(
-    totals: Tensor,
-    class_weight: Tensor | None,
-    pos_weight: Tensor | None,
-    neg_weight: Tensor | None,
-    region_lambda: Tensor | None,
-    voxel_lambda: Tensor | None,
-    rows: int,
-    spec: FinishSpec,
-    empty: bool,
-) -> Tensor:
+def _voxel_factors(
+    row: Rows, weights: Weights, spec: FinishSpec
+) -> tuple[dict[int, tuple[float, Tensor]], Tensor]:
+    """What each row of the voxel term counts, a number times (C,), and what their sum is divided by.
+
+    The divisor is () or, for SAMPLES, (B, 1).
+    """
+    classes = row[POS].shape[1]
+    pos, neg = (_voxel_weight(weight, row, spec) for weight in (weights.pos_weight, weights.neg_weight))
+    smoothing = spec.label_smoothing
+    factors = {POS: (1 - smoothing, pos), LS: (smoothing / classes, pos), NEG: (1.0, neg)}
+    if spec.denominator == Denominator.SAMPLES:
+        denominator = row[N][:, :1]
+    elif spec.denominator == Denominator.WEIGHTS:
+        denominator = (row[G] * pos).sum()
+    else:
+        denominator = row[N][:, 0].sum()
+        if spec.denominator == Denominator.ONE:
+            denominator = torch.ones_like(denominator)
+        elif spec.denominator == Denominator.ELEMENTS:
+            denominator = denominator * (classes - spec.voxel_skipped)
+    return {bit: factor for bit, factor in factors.items() if bit in row}, denominator
+
+
+def coef(totals: Tensor, weights: Weights, rows: int, spec: FinishSpec, empty: bool) -> Tensor:
     """dLoss/dtotals (B, C, R) in closed form; arguments as :func:`finish`.
 
     For reduction "none" the slope of the one loss that a sum belongs to.
     """
     row = _rows(totals, rows)
-    slopes: dict[int, Tensor] = {}
-    if spec.formula != Formula.NONE:
-        overlap = _overlap_rows(row, spec)
-        generalized = spec.formula == Formula.GENERALIZED
-        slopes = _SLOPES[spec.formula](overlap, spec)
-        groups, classes = overlap[I].shape
-        terms = max(1, groups * (1 if generalized else classes))  # an empty batch has none
-        share = 1 / terms if spec.reduction == Reduction.MEAN else 1.0
-        scale = totals.new_tensor(share)
-        if region_lambda is not None:
-            scale = scale * region_lambda.to(totals)
-        if class_weight is not None and spec.formula == Formula.RATIO:
-            scale = scale * class_weight.to(totals)
-        slopes = {bit: scale * value for bit, value in slopes.items()}
     out = torch.zeros_like(totals)
-    for bit, value in slopes.items():
-        out[:, spec.skipped :, row_index(rows, bit)] = value
+    if spec.formula != Formula.NONE:
+        terms, slopes = _FORMULAS[spec.formula](_overlap_rows(row, spec), spec)
+        count = max(1, terms.numel())  # an empty batch has none
+        scale = totals.new_tensor(1 / count if spec.reduction == Reduction.MEAN else 1.0)
+        if weights.region_lambda is not None:
+            scale = scale * weights.region_lambda.to(totals)
+        if weights.class_weight is not None and spec.formula == Formula.RATIO:
+            scale = scale * weights.class_weight.to(totals)
+        for bit, slope in slopes.items():
+            out[:, spec.skipped :, row_index(rows, bit)] = scale * slope
     if POS in row:
-        classes = row[POS].shape[1]
-        pos, neg = (_voxel_weight(weight, row, spec) for weight in (pos_weight, neg_weight))
-        denominator = _denominator(row, pos, spec)
-        scale = 1 / denominator if voxel_lambda is None else voxel_lambda.to(totals) / denominator
+        factors, denominator = _voxel_factors(row, weights, spec)
+        factor = weights.voxel_lambda
+        scale = (1 if factor is None else factor.to(totals)) / denominator
         if not empty:
             scale = torch.where(denominator == 0, 0.0, scale)
-        out[..., row_index(rows, POS)] = scale * (1 - spec.label_smoothing) * pos
-        if LS in row:
-            out[..., row_index(rows, LS)] = scale * spec.label_smoothing / classes * pos
-        if NEG in row:
-            out[..., row_index(rows, NEG)] = scale * neg
+        for bit, (number, weight) in factors.items():
+            out[..., row_index(rows, bit)] = scale * number * weight
     return torch.where(row[BAD].sum() > 0, 0.0, out) if BAD in row else out
 
 
-def slopes_ratio(row: dict[int, Tensor], spec: FinishSpec) -> dict[int, Tensor]:
-    """Slopes of :func:`finish_ratio` in I, FP and FN."""
-    score, miss, bottom = _ratio(spec.kappa * row[I], spec.alpha * row[FP] + spec.beta * row[FN], spec)
-    outer = torch.ones_like(miss)
-    if spec.transform == Transform.LOG:
-        outer = torch.where(score < LOWEST_SCORE, 0.0, 1 / score)
-    elif spec.transform == Transform.POWER:
-        outer = torch.where(miss <= 0, 0.0, spec.exponent * miss ** (spec.exponent - 1))
-    by_error = outer * score / bottom
-    return {I: -outer * spec.kappa * miss / bottom, FP: spec.alpha * by_error, FN: spec.beta * by_error}
-
-
-def slopes_generalized(row: dict[int, Tensor], spec: FinishSpec) -> dict[int, Tensor]:
-    """Slopes of :func:`finish_generalized` in I, FP and FN; the weights are constants."""
-    weight = gdl_class_weight(row[G], spec.gdl_weight)
-    hits, errors = 2 * weight * row[I], weight * (row[FP] + row[FN])
-    score, miss, bottom = _ratio(hits.sum(1, keepdim=True), errors.sum(1, keepdim=True), spec)
-    by_error = weight * score / bottom
-    return {I: -2 * weight * miss / bottom, FP: by_error, FN: by_error}
-
-
-def slopes_mcc(row: dict[int, Tensor], spec: FinishSpec) -> dict[int, Tensor]:
-    """Slopes of :func:`finish_mcc` in I, FP, FN and TN."""
-    perfect, top, square = _mcc(row, spec)
-    tp, fp, fn, tn = (row[bit] for bit in (I, FP, FN, TN))
-    square = torch.where(perfect, 1.0, square)
-    root, half = square.sqrt(), top / (2 * square)
-
-    def slope(of_top: Tensor, of_square: Tensor) -> Tensor:
-        return torch.where(perfect, 0.0, (half * of_square - of_top) / root)
-
-    return {
-        I: slope(tn, (tn + fp) * (tn + fn) * (2 * tp + fp + fn)),
-        FP: slope(-fn, (tp + fn) * (tn + fn) * (2 * fp + tp + tn)),
-        FN: slope(-fp, (tp + fp) * (tn + fp) * (2 * fn + tp + tn)),
-        TN: slope(tp, (tp + fp) * (tp + fn) * (2 * tn + fp + fn)),
-    }
-
-
-_TERMS = {
-    Formula.RATIO: finish_ratio,
-    Formula.GENERALIZED: finish_generalized,
-    Formula.MCC: finish_mcc,
-}
-_SLOPES = {
-    Formula.RATIO: slopes_ratio,
-    Formula.GENERALIZED: slopes_generalized,
-    Formula.MCC: slopes_mcc,
-}
-
-
-def _rows(totals: Tensor, rows: int) -> dict[int, Tensor]:
-    bits = (I, FP, FN, G, POS, NEG, LS, N, BAD, TN)
+def _rows(totals: Tensor, rows: int) -> Rows:
+    bits = (1 << place for place in range(len(ROWS)))
     return {bit: totals[..., row_index(rows, bit)] for bit in bits if rows & bit}
 
 
-def _overlap_rows(row: dict[int, Tensor], spec: FinishSpec) -> dict[int, Tensor]:
+def _overlap_rows(row: Rows, spec: FinishSpec) -> Rows:
     """(groups, K): added up over the batch if asked for, without the skipped classes."""
     return {
         bit: (row[bit].sum(0, keepdim=True) if spec.batch else row[bit])[:, spec.skipped :]
@@ -329,22 +304,8 @@ def _overlap_rows(row: dict[int, Tensor], spec: FinishSpec) -> dict[int, Tensor]
     }
 
 
-def _voxel_weight(weight: Tensor | None, row: dict[int, Tensor], spec: FinishSpec) -> Tensor:
+def _voxel_weight(weight: Tensor | None, row: Rows, spec: FinishSpec) -> Tensor:
     ones = row[POS].new_ones(row[POS].shape[1])
     used = ones if weight is None else weight.reshape(-1).to(ones).clone()
     used[: spec.voxel_skipped] = 0
     return used
-
-
-def _denominator(row: dict[int, Tensor], pos: Tensor, spec: FinishSpec) -> Tensor:
-    """() or, for SAMPLES, (B, 1)."""
-    if spec.denominator == Denominator.SAMPLES:
-        return row[N][:, :1]
-    voxels = row[N][:, 0].sum()
-    if spec.denominator == Denominator.VOXELS:
-        return voxels
-    if spec.denominator == Denominator.WEIGHTS:
-        return (row[G] * pos).sum()
-    if spec.denominator == Denominator.ELEMENTS:
-        return voxels * (row[N].shape[1] - spec.voxel_skipped)
-    return torch.ones_like(voxels)

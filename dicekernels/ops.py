@@ -1,4 +1,4 @@
-"""The ops ``sums``, ``finish`` and ``sums_backward`` of each namespace in NAMESPACES, and their autograd.
+"""The ops ``sums``, ``finish`` and ``sums_backward`` of each namespace in NAMESPACES, and two made of them.
 
 Shapes: logits (B, C, *S) floating; target labels (B, 1, *S) or (B, *S), or values (B, C, *S); mask (B, 1, *S)
 voxel weights; sums (B, K, C, R) float64, K = chunk_count(V), R = rows that are on; coef (B, C, R)
@@ -6,8 +6,9 @@ float64 = dLoss/dsums for the rows that depend on the logits, 0 for G, N and BAD
 loss () or (groups, outputs), float64 rounded to `dtype`; gradient as the logits in shape, dtype and strides.
 
 Every namespace has the same schemas: ``dicekernels`` is filled by the binary (CPU), ``dicekernels_triton``
-by Triton kernels, ``dicekernels_eager`` by PyTorch code. They are opaque to torch.compile and have fakes;
-autograd is in the Functions below.
+by Triton kernels, ``dicekernels_eager`` by PyTorch code. They are opaque to torch.compile and have fakes.
+``loss`` and ``totals`` are for graphs of torch.export: the chunks of ``sums`` stay inside of them, so that a
+program takes volumes of every size. Derivatives: autograd.py.
 """
 
 from __future__ import annotations
@@ -15,52 +16,53 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks, deferred
-from . import finish as formulas
-from .backends import eager, native
+from .backends import eager, native, triton
 from .backends.eager import LabelRangeError
-from .derivatives import Gradient
-from .spec import (
-    BAD,
-    FinishSpec,
-    LossSpec,
-    SumsSpec,
-    chunk_count,
-    row_index,
-)
+from .spec import BAD, FinishSpec, LossSpec, SumsSpec, Weights, chunk_count, row_index
 from .tensors import readable
 
-SUMS_ARGS = SumsSpec.schema()
-FINISH_ARGS = f"int rows, {FinishSpec.schema()}, bool empty, ScalarType dtype"
-SCHEMAS = {
-    "sums": f"sums(Tensor logits, Tensor target, Tensor? mask, {SUMS_ARGS}) -> Tensor",
-    "finish": (
-        "finish(Tensor sums, Tensor? class_weight, Tensor? pos_weight, Tensor? neg_weight, "
-        "Tensor? region_lambda, Tensor? voxel_lambda, "
-        f"{FINISH_ARGS}) -> (Tensor, Tensor)"
-    ),
-    "sums_backward": (
-        "sums_backward(Tensor? grad_loss, Tensor logits, Tensor target, Tensor? mask, Tensor coef, "
-        f"{SUMS_ARGS}) -> Tensor"
-    ),
-}
+WEIGHTS = len(Weights._fields)
 NAMESPACES = ("dicekernels", "dicekernels_triton", "dicekernels_eager")
 
+
+class Handles(NamedTuple):
+    """The ops of a namespace."""
+
+    sums: Any
+    finish: Any
+    sums_backward: Any
+    loss: Any
+    totals: Any
+
+
+# By namespace, filled by ``define``.
+handles: dict[str, Handles] = {}
 libraries: dict[str, torch.library.Library] = {}
 
 
-sums_spec = functools.lru_cache(SumsSpec.of_args)
-finish_spec = FinishSpec.of_args
+# Where Python fills the three ops: what has functions of their names.
+PYTHON: dict[str, Callable[[], Any]] = {
+    "dicekernels_triton": triton.kernels,
+    "dicekernels_eager": lambda: eager,
+}
+
+# Specs of the calls that run. Numbers of fakes and graphs may be symbols, which have no hash.
+_sums_spec = functools.lru_cache(SumsSpec.of_args)
+_finish_spec = functools.lru_cache(FinishSpec.of_args)
 
 
-def _eager_sums(logits: Tensor, target: Tensor, mask: Tensor | None, *args: Any) -> Tensor:
-    spec = sums_spec(args)
-    return _checked(eager.sums(logits, target, mask, spec), logits, target, mask, spec)
+def loss_args(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], LossSpec, torch.dtype]:
+    """Arguments of the op ``loss``: its tensors, the spec and the dtype of the loss."""
+    tensors, sums = 3 + WEIGHTS, len(SumsSpec.__dataclass_fields__)
+    *finish, _, dtype = args[tensors + sums :]
+    spec = LossSpec(SumsSpec.of_args(args[tensors : tensors + sums]), FinishSpec.of_args(finish))
+    return args[:tensors], spec, dtype
 
 
 def _checked(slots: Tensor, logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec) -> Tensor:
@@ -82,30 +84,9 @@ def _count(slots: Tensor, logits: Tensor, target: Tensor, mask: Tensor | None, s
     deferred.count_later(slots[:, :, 0, row_index(spec.rows, BAD)], target, logits.shape[1])
 
 
-def _eager_finish(
-    sums: Tensor,
-    class_weight: Tensor | None,
-    pos_weight: Tensor | None,
-    neg_weight: Tensor | None,
-    region_lambda: Tensor | None,
-    voxel_lambda: Tensor | None,
-    rows: int,
-    *args: Any,
-) -> tuple[Tensor, Tensor]:
-    arguments = (sums.sum(1), class_weight, pos_weight, neg_weight, region_lambda, voxel_lambda, rows)
-    spec, (empty, dtype) = finish_spec(args[:-2]), args[-2:]
-    return formulas.finish(*arguments, spec, empty, dtype), formulas.coef(*arguments, spec, empty)
-
-
-def _eager_sums_backward(
-    grad_loss: Tensor | None,
-    logits: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    coef: Tensor,
-    *args: Any,
-) -> Tensor:
-    return eager.sums_backward(grad_loss, logits, target, mask, coef, sums_spec(args))
+def _sums(namespace: str, logits: Tensor, target: Tensor, mask: Tensor | None, *args: Any) -> Tensor:
+    spec = _sums_spec(args)
+    return _checked(PYTHON[namespace]().sums(logits, target, mask, spec), logits, target, mask, spec)
 
 
 def _fake_sums(logits: Tensor, target: Tensor, mask: Tensor | None, *args: Any) -> Tensor:
@@ -113,65 +94,93 @@ def _fake_sums(logits: Tensor, target: Tensor, mask: Tensor | None, *args: Any) 
     for size in logits.shape[2:]:
         voxels = voxels * size
     samples, classes = logits.shape[:2]
-    rows: int = args[4]
-    return logits.new_empty((samples, chunk_count(voxels), classes, rows.bit_count()), dtype=torch.float64)
+    width = SumsSpec.of_args(args).rows.bit_count()
+    return logits.new_empty((samples, chunk_count(voxels), classes, width), dtype=torch.float64)
 
 
-def _fake_finish(
-    sums: Tensor,
-    class_weight: Tensor | None,
-    pos_weight: Tensor | None,
-    neg_weight: Tensor | None,
-    region_lambda: Tensor | None,
-    voxel_lambda: Tensor | None,
-    rows: int,
-    *args: Any,
-) -> tuple[Tensor, Tensor]:
-    samples, _, classes, width = sums.shape
-    shape = finish_spec(args[:-2]).loss_shape(samples, classes)
-    return sums.new_empty(shape, dtype=args[-1]), sums.new_empty((samples, classes, width))
-
-
-def _fake_sums_backward(
-    grad_loss: Tensor | None,
-    logits: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    coef: Tensor,
-    *args: Any,
-) -> Tensor:
-    return torch.empty_like(logits)
-
-
-@functools.cache
-def _triton_kernels() -> Any:
-    """Triton is imported by the first op to run: it costs `import dicekernels` more than all of ours."""
-    from .backends.triton import kernels
-
-    return kernels
-
-
-def _triton_sums(logits: Tensor, target: Tensor, mask: Tensor | None, *args: Any) -> Tensor:
-    spec = sums_spec(args)
-    return _checked(_triton_kernels().sums(logits, target, mask, spec), logits, target, mask, spec)
-
-
-def _triton_finish(*args: Any) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = _triton_kernels().finish(*args)
+def _finish(namespace: str, sums: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    weights, (rows, *numbers, empty, dtype) = args[:WEIGHTS], args[WEIGHTS:]
+    spec = _finish_spec(tuple(numbers))
+    result: tuple[Tensor, Tensor] = PYTHON[namespace]().finish(
+        sums, Weights(*weights), rows, spec, empty, dtype
+    )
     return result
 
 
-def _triton_sums_backward(
-    grad_loss: Tensor | None,
-    logits: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    coef: Tensor,
-    *args: Any,
-) -> Tensor:
-    spec = sums_spec(args)
-    gradient: Tensor = _triton_kernels().sums_backward(grad_loss, logits, target, mask, coef, spec)
+def _fake_finish(sums: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    _, *numbers, _, dtype = args[WEIGHTS:]
+    samples, _, classes, width = sums.shape
+    shape = FinishSpec.of_args(numbers).loss_shape(samples, classes)
+    return sums.new_empty(shape, dtype=dtype), sums.new_empty((samples, classes, width))
+
+
+def _sums_backward(namespace: str, *args: Any) -> Tensor:
+    tensors, numbers = args[:5], args[5:]
+    gradient: Tensor = PYTHON[namespace]().sums_backward(*tensors, _sums_spec(numbers))
     return gradient
+
+
+def _fake_sums_backward(grad_loss: Tensor | None, logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _loss(namespace: str, *args: Any) -> tuple[Tensor, Tensor]:
+    tensors, spec, dtype = loss_args(args)
+    return run_loss(*tensors, spec, namespace, dtype)
+
+
+def _fake_loss(*args: Any) -> tuple[Tensor, Tensor]:
+    (logits, *_), spec, dtype = loss_args(args)
+    samples, classes = logits.shape[:2]
+    loss = logits.new_empty(spec.finish.loss_shape(samples, classes), dtype=dtype)
+    return loss, logits.new_empty((samples, classes, spec.sums.rows.bit_count()), dtype=torch.float64)
+
+
+def _totals(namespace: str, logits: Tensor, target: Tensor, mask: Tensor | None, *args: Any) -> Tensor:
+    return run_totals(logits, target, mask, SumsSpec.of_args(args), namespace)
+
+
+def _fake_totals(logits: Tensor, target: Tensor, mask: Tensor | None, *args: Any) -> Tensor:
+    rows = SumsSpec.of_args(args).rows
+    return logits.new_empty((*logits.shape[:2], rows.bit_count()), dtype=torch.float64)
+
+
+class Op(NamedTuple):
+    """An op of every namespace.
+
+    Attributes:
+        fake: shapes and dtypes of its results.
+        body: of the namespace and the arguments.
+        compiled: the namespaces that are not in PYTHON have a body of their own.
+    """
+
+    schema: str
+    fake: Callable[..., Any]
+    body: Callable[..., Any]
+    compiled: bool = True
+
+
+_VOLUME = "Tensor logits, Tensor target, Tensor? mask"
+_WEIGHTS = ", ".join(f"Tensor? {name}" for name in Weights._fields)
+_FINISH = f"{FinishSpec.schema()}, bool empty, ScalarType dtype"
+OPS = {
+    "sums": Op(f"({_VOLUME}, {SumsSpec.schema()}) -> Tensor", _fake_sums, _sums),
+    "finish": Op(
+        f"(Tensor sums, {_WEIGHTS}, int rows, {_FINISH}) -> (Tensor, Tensor)", _fake_finish, _finish
+    ),
+    "sums_backward": Op(
+        f"(Tensor? grad_loss, {_VOLUME}, Tensor coef, {SumsSpec.schema()}) -> Tensor",
+        _fake_sums_backward,
+        _sums_backward,
+    ),
+    "loss": Op(
+        f"({_VOLUME}, {_WEIGHTS}, {SumsSpec.schema()}, {_FINISH}) -> (Tensor, Tensor)",
+        _fake_loss,
+        _loss,
+        compiled=False,
+    ),
+    "totals": Op(f"({_VOLUME}, {SumsSpec.schema()}) -> Tensor", _fake_totals, _totals, compiled=False),
+}
 
 
 def on_one_device(schema: str, body: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,62 +202,40 @@ def on_one_device(schema: str, body: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-FAKES: dict[str, Callable[..., Any]] = {
-    "sums": _fake_sums,
-    "finish": _fake_finish,
-    "sums_backward": _fake_sums_backward,
-}
-BODIES: dict[str, dict[str, Callable[..., Any]]] = {
-    "dicekernels_eager": {
-        "sums": _eager_sums,
-        "finish": _eager_finish,
-        "sums_backward": _eager_sums_backward,
-    },
-    "dicekernels_triton": {
-        "sums": _triton_sums,
-        "finish": _triton_finish,
-        "sums_backward": _triton_sums_backward,
-    },
-}
-
-
 def define(namespace: str) -> None:
-    """Schemas and fakes of the three ops in a namespace; their bodies come from elsewhere."""
+    """The ops of a namespace with their fakes; the bodies of a compiled library come from there."""
     library = libraries[namespace] = torch.library.Library(namespace, "DEF")
-    for name, schema in SCHEMAS.items():
-        library.define(schema)
-        fake = on_one_device(schema, FAKES[name])
+    for name, op in OPS.items():
+        library.define(name + op.schema)
+        fake = on_one_device(op.schema, op.fake)
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        if namespace in PYTHON or not op.compiled:
+            body = functools.wraps(op.body)(functools.partial(op.body, namespace))
+            library.impl(name, on_one_device(op.schema, body), "CompositeExplicitAutograd")
+    handles[namespace] = Handles(*(getattr(getattr(torch.ops, namespace), name).default for name in OPS))
 
 
-def _register() -> None:
-    for namespace in NAMESPACES:
-        define(namespace)
-    for namespace, functions in BODIES.items():
-        for name, body in functions.items():
-            checked = on_one_device(SCHEMAS[name], body)
-            libraries[namespace].impl(name, checked, "CompositeExplicitAutograd")
-    native.load_error("cpu")
-    if torch.version.cuda is not None:
-        native.load_error("cuda")
-
-
-_register()
+for _namespace in NAMESPACES:
+    define(_namespace)
+native.load_error("cpu")
+if torch.version.cuda is not None:
+    native.load_error("cuda")
 
 
 def call_sums(namespace: str, logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec) -> Tensor:
     """The op ``sums``; a label out of range raises LabelRangeError, here or in a later call (deferred.py)."""
-    op = getattr(torch.ops, namespace).sums
+    op = handles[namespace].sums
     if torch.compiler.is_compiling():
         result: Tensor = op(logits, target, mask, *spec.args())
         return result
-    deferred.raise_earlier(logits.device)
+    device = logits.device
+    deferred.raise_earlier(device)
     try:
         slots: Tensor = op(logits, target, mask, *spec.args())
         # The kernels of a GPU count such labels; whoever launches them decides whether to wait for the count.
-        # Those of the CPU and what is in BODIES have raised by themselves where that costs no wait.
-        counted = namespace not in BODIES and (namespace != "dicekernels" or logits.device.type != "cpu")
-        if counted or not deferred.reads_at_once(logits.device):
+        # Those of the CPU and what is in PYTHON have raised by themselves where that costs no wait.
+        counted = namespace not in PYTHON and (namespace != "dicekernels" or device.type != "cpu")
+        if counted or not deferred.reads_at_once(device):
             _count(slots, logits, target, mask, spec)
         return slots
     except LabelRangeError:
@@ -261,6 +248,22 @@ def call_sums(namespace: str, logits: Tensor, target: Tensor, mask: Tensor | Non
         raise LabelRangeError(message[message.index("target:") :].splitlines()[0]) from None
 
 
+def run_totals(logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec, namespace: str) -> Tensor:
+    """Sums (B, C, R) of the whole volume, without derivatives."""
+    return call_sums(namespace, logits, target, mask, spec).sum(1)
+
+
+def run_loss(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """Loss and coef of (logits, target, mask, *Weights, spec, namespace, dtype), without derivatives."""
+    logits, target, mask, *weights, spec, namespace, dtype = inputs
+    slots = call_sums(namespace, logits, target, mask, spec.sums)
+    numbers = spec.finish.args(logits.numel() == 0)
+    result: tuple[Tensor, Tensor] = handles[namespace].finish(
+        slots, *weights, spec.sums.rows, *numbers, dtype
+    )
+    return result
+
+
 def eager_totals(logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec) -> Tensor:
     """Sums (B, C, R) in PyTorch, differentiable in every tensor; labels out of range as in ``call_sums``."""
     slots = eager.sums(logits, target, mask, spec)
@@ -269,96 +272,3 @@ def eager_totals(logits: Tensor, target: Tensor, mask: Tensor | None, spec: Sums
         mask = None if mask is None else mask.detach()
         _count(slots.detach(), logits, target.detach(), mask, spec)
     return slots.sum(1)
-
-
-class RegionSums(torch.autograd.Function):
-    """Sums (B, C, R) of the whole volume, differentiable in the logits."""
-
-    @staticmethod
-    def forward(
-        logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec, namespace: str
-    ) -> Tensor:
-        return call_sums(namespace, logits, target, mask, spec).sum(1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        logits, target, mask, ctx.spec, ctx.namespace = inputs
-        ctx.save_for_backward(logits, target, mask)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        logits, target, mask = ctx.saved_tensors
-        if _wants_graph():
-            rest = (*(None,) * 5, ctx.spec, ctx.namespace, grad.dtype)
-            gradient = Gradient.apply(grad, None, logits, target, mask, *rest)  # type: ignore[no-untyped-call]  # torch's apply
-        else:
-            op = getattr(torch.ops, ctx.namespace).sums_backward
-            gradient = op(None, logits, target, mask, grad, *ctx.spec.args())
-        return gradient, None, None, None, None
-
-
-class FusedLoss(torch.autograd.Function):
-    """Loss and coef, differentiable in the logits; between forward and backward only coef is kept."""
-
-    @staticmethod
-    def forward(
-        logits: Tensor,
-        target: Tensor,
-        mask: Tensor | None,
-        class_weight: Tensor | None,
-        pos_weight: Tensor | None,
-        neg_weight: Tensor | None,
-        region_lambda: Tensor | None,
-        voxel_lambda: Tensor | None,
-        spec: LossSpec,
-        namespace: str,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        slots = call_sums(namespace, logits, target, mask, spec.sums)
-        empty = logits.numel() == 0
-        loss, coef = getattr(torch.ops, namespace).finish(
-            slots,
-            class_weight,
-            pos_weight,
-            neg_weight,
-            region_lambda,
-            voxel_lambda,
-            spec.sums.rows,
-            *spec.finish.args(empty),
-            dtype,
-        )
-        return loss, coef
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        logits, target, mask, *weights, ctx.spec, ctx.namespace, ctx.dtype = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, mask, output[1], *weights)
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> Any:
-        logits, target, mask, coef, *weights = ctx.saved_tensors
-        if grad_loss is None:
-            return (None,) * 11
-        if _wants_graph():
-            rest = (*weights, ctx.spec, ctx.namespace, ctx.dtype)
-            gradient = Gradient.apply(grad_loss, coef, logits, target, mask, *rest)  # type: ignore[no-untyped-call]  # torch's apply
-        else:
-            op = getattr(torch.ops, ctx.namespace).sums_backward
-            gradient = op(grad_loss, logits, target, mask, coef, *ctx.spec.sums.args())
-        return gradient, *(None,) * 10
-
-
-def _wants_graph() -> bool:
-    """True in a backward with create_graph=True, or under a transform of torch.func."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-__all__ = [
-    "SCHEMAS",
-    "FusedLoss",
-    "LabelRangeError",
-    "RegionSums",
-    "call_sums",
-]

@@ -1,7 +1,7 @@
-"""What a call need not find out again: options, shapes, dtypes and a device seen before lead straight to the ops.
+"""What a call need not find out again: options, shapes, dtypes and device seen before lead to the op.
 
-A plan holds no value of a tensor. What is decided by values (a weight below 0, a label out of range) is looked at
-in every call, strides are the kernels' to read, and attributes of modules are options of the function that they
+A plan holds no value of a tensor. What values decide (a weight below 0, a label out of range) is looked at in
+every call, strides are the kernels' to read, and attributes of modules are options of the function that they
 call: a change of any of them makes another key.
 """
 
@@ -20,7 +20,7 @@ from .spec import LossSpec, Weights
 
 # A training run makes a handful; one that makes more than this starts anew.
 LIMIT = 256
-# Options that may have another value in every call, and are in no key: with the field of Weights that they become.
+# Options of another value in every call, which are in no key: with the field of Weights that they become.
 _LAMBDAS = {
     "lambda_dice": "region_lambda",
     "lambda_gdl": "region_lambda",
@@ -29,6 +29,7 @@ _LAMBDAS = {
 }
 # Where the factors of the classes come from; the first of these options that is a tensor.
 _WEIGHTS = {"class_weight": ("dice_weight", "weight"), "pos_weight": ("weight",), "neg_weight": ()}
+_TENSORS = ("mask", "weight", "dice_weight")
 _DEVICES = ("cpu", "cuda", "xpu")
 
 Key = tuple[Any, ...]
@@ -81,36 +82,39 @@ _NO_WEIGHTS = Weights()
 _plans: dict[Key, Plan] = {}
 
 
-def key(function: Callable[..., Any], logits: Tensor, target: Tensor, options: dict[str, Any]) -> Key | None:
-    """What a plan depends on; None for a call that has no plan."""
+def find(
+    function: Callable[..., Any], logits: Tensor, target: Tensor, options: dict[str, Any]
+) -> tuple[Key | None, Plan | None]:
+    """The key of a call, None where there is no plan for its like, and the plan that was kept under it."""
     if torch.compiler.is_compiling() or type(logits) is not Tensor or type(target) is not Tensor:
-        return None
+        return None, None
     if is_observed() or torch._C._are_functorch_transforms_active() or logits.is_nested or target.is_nested:
-        return None
+        return None, None
     device = logits.device
     if device.type not in _DEVICES:
-        return None
-    parts = [function, dispatch.forced_backend(), torch.is_autocast_enabled(device.type)]
-    parts += [logits.shape, logits.dtype, device, logits.layout]
-    parts += [target.shape, target.dtype, target.device, target.layout]
-    for name, value in options.items():
-        if name in _LAMBDAS:
-            parts.append(name)
-        elif isinstance(value, Tensor):
+        return None, None
+    seen = options.copy()
+    for name in _TENSORS:
+        value = seen.get(name)
+        if isinstance(value, Tensor):
             if type(value) not in (Tensor, nn.Parameter) or value.is_nested:
-                return None
-            parts += [name, value.shape, value.dtype, value.device, value.layout]
-        else:
-            parts += [name, value]
-    return tuple(parts)
-
-
-def find(key: Key) -> Plan | None:
-    """The plan that was kept under a key."""
+                return None, None
+            seen[name] = (value.shape, value.dtype, value.device, value.layout)
+    for name in _LAMBDAS:
+        seen.pop(name, None)
+    key = (
+        function,
+        dispatch.forced_backend(),
+        torch.is_autocast_enabled(device.type),
+        (logits.shape, logits.dtype, device, logits.layout),
+        (target.shape, target.dtype, target.device, target.layout),
+        tuple(options),
+        tuple(seen.values()),
+    )
     try:
-        return _plans.get(key)
+        return key, _plans.get(key)
     except TypeError:  # a list among the options
-        return None
+        return None, None
 
 
 def keep(key: Key, call: Call, logits: Tensor, target: Tensor, options: dict[str, Any]) -> None:
@@ -122,6 +126,8 @@ def keep(key: Key, call: Call, logits: Tensor, target: Tensor, options: dict[str
     if warns or not own or call.between is not None or call.volume_weight is not None or call.notes:
         return
     tensors = {name for name, x in options.items() if isinstance(x, Tensor) and name not in _LAMBDAS}
+    if not tensors <= set(_TENSORS):
+        return
     weights = []
     for field, places in _WEIGHTS.items():
         weight = getattr(call.weights, field)
@@ -137,7 +143,4 @@ def keep(key: Key, call: Call, logits: Tensor, target: Tensor, options: dict[str
     plan = Plan(call.spec, namespace, call.dtype, call.shape, tuple(tensors), tuple(weights), tuple(lambdas))
     if len(_plans) >= LIMIT:
         _plans.clear()
-    try:
-        _plans[key] = plan
-    except TypeError:
-        pass
+    _plans[key] = plan

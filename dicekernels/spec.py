@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, fields
 from enum import IntEnum
 from typing import Any, ClassVar, NamedTuple, TypeVar, get_type_hints
 
@@ -161,13 +161,19 @@ _N = TypeVar("_N", bound="Numbers")
 
 
 class Numbers:
-    """A frozen dataclass of numbers whose fields, in their order, are arguments of an op."""
+    """A frozen dataclass of numbers: its fields, in their order, are arguments of an op."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+    _args: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        values = [getattr(self, name) for name in self.__dataclass_fields__]
+        args = tuple(int(value) if isinstance(value, IntEnum) else value for value in values)
+        object.__setattr__(self, "_args", args)
 
     @classmethod
     @functools.cache
-    def _kinds(cls) -> dict[str, Any]:
+    def kinds(cls) -> dict[str, Any]:
         """Type of each field."""
         hints = get_type_hints(cls)
         return {member.name: hints[member.name] for member in fields(cls)}
@@ -176,19 +182,15 @@ class Numbers:
     def schema(cls) -> str:
         """The arguments as torch's schemas spell them."""
         names = {bool: "bool", float: "float", int | None: "int?"}
-        return ", ".join(f"{names.get(kind, 'int')} {name}" for name, kind in cls._kinds().items())
+        return ", ".join(f"{names.get(kind, 'int')} {name}" for name, kind in cls.kinds().items())
 
     @classmethod
     def of_args(cls: type[_N], args: Sequence[Any]) -> _N:
         """From the arguments of an op that :meth:`schema` names."""
         values = {}
-        for (name, kind), value in zip(cls._kinds().items(), args, strict=True):
+        for (name, kind), value in zip(cls.kinds().items(), args, strict=True):
             values[name] = kind(value) if isinstance(kind, type) and issubclass(kind, IntEnum) else value
         return cls(**values)
-
-    def _args(self) -> tuple[Any, ...]:
-        values = [getattr(self, name) for name in self.__dataclass_fields__]
-        return tuple(int(value) if isinstance(value, IntEnum) else value for value in values)
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ class SumsSpec(Numbers):
 
     def args(self) -> tuple[Any, ...]:
         """The trailing arguments of the ops ``sums`` and ``sums_backward``."""
-        return self._args()
+        return self._args
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,7 @@ class FinishSpec(Numbers):
 
     def args(self, empty: bool) -> tuple[Any, ...]:
         """The trailing arguments of the op ``finish`` after ``rows``."""
-        return (*self._args(), empty)
+        return (*self._args, empty)
 
     def loss_shape(self, samples: int, classes: int) -> tuple[int, ...]:
         """Shape of the op's loss: () when reduced, else (groups, outputs)."""
@@ -291,16 +293,10 @@ class VoxelHalf:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """A loss: the sums that it needs and the formula over them.
-
-    Attributes:
-        sums_args, finish_args: of both, as their ``args`` returns them (those of ``finish`` without empty).
-    """
+    """A loss: the sums that it needs and the formula over them."""
 
     sums: SumsSpec
     finish: FinishSpec
-    sums_args: tuple[Any, ...] = field(init=False, repr=False, compare=False)
-    finish_args: tuple[Any, ...] = field(init=False, repr=False, compare=False)
 
     @staticmethod
     def of(
@@ -337,8 +333,6 @@ class LossSpec:
 
     def __post_init__(self) -> None:
         sums, finish = self.sums, self.finish
-        object.__setattr__(self, "sums_args", sums.args())
-        object.__setattr__(self, "finish_args", finish.args(False)[:-1])
         needed = needed_rows(
             dense=sums.dense,
             formula=finish.formula,

@@ -72,7 +72,7 @@ def call_of(
     shape = None
     if spec.finish.reduction == Reduction.NONE:
         shape = spec.finish.loss_shape(*inputs.logits.shape[:2])
-        if spec.finish.batch and spec.finish.formula != Formula.GENERALIZED:
+        if spec.finish.batch:
             shape = shape[1:]
         if trailing_ones:
             shape += (1,) * (inputs.logits.ndim - 2)

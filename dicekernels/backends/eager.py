@@ -20,6 +20,7 @@ from ..spec import (
     POS,
     TN,
     Activation,
+    FinishSpec,
     G,
     I,
     LossSpec,
@@ -27,6 +28,7 @@ from ..spec import (
     Overlap,
     SumsSpec,
     VoxelTerm,
+    Weights,
     chunk_count,
     chunk_voxels,
     row_index,
@@ -269,29 +271,21 @@ def loss(
     logits: Tensor,
     target: Tensor,
     mask: Tensor | None,
-    class_weight: Tensor | None,
-    pos_weight: Tensor | None,
-    neg_weight: Tensor | None,
-    region_lambda: Tensor | None,
-    voxel_lambda: Tensor | None,
+    weights: Weights,
     spec: LossSpec,
     dtype: torch.dtype,
 ) -> Tensor:
     """The loss of a whole problem, differentiable in every tensor argument and to any order."""
     totals = sums(logits, target, mask, spec.sums).sum(1)
-    empty = logits.shape[0] * logits.shape[2:].numel() == 0
-    return formulas.finish(
-        totals,
-        class_weight,
-        pos_weight,
-        neg_weight,
-        region_lambda,
-        voxel_lambda,
-        spec.sums.rows,
-        spec.finish,
-        empty,
-        dtype,
-    )
+    return formulas.finish(totals, weights, spec.sums.rows, spec.finish, logits.numel() == 0, dtype)
+
+
+def finish(
+    slots: Tensor, weights: Weights, rows: int, spec: FinishSpec, empty: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(loss, coef): see dicekernels/ops.py."""
+    arguments = (slots.sum(1), weights, rows, spec, empty)
+    return formulas.finish(*arguments, dtype), formulas.coef(*arguments)
 
 
 def ignored_labels(labels: Tensor, spec: SumsSpec) -> Tensor:

@@ -30,8 +30,8 @@ def loss(
 
     Args:
         oracle: computes in dense PyTorch what has no kernel: logits (B, C), where MONAI takes one sum over B
-            and C, and voxel weights beside an ignored class of a soft target. Both run in float64, so no bit is
-            lost.
+            and C, and voxel weights beside an ignored class of a soft target. Both run in float64, so no bit
+            is lost.
         more: names reasons of this loss alone; those run in the precision of the kernels.
     """
 
@@ -40,8 +40,7 @@ def loss(
 
         @functools.wraps(build)
         def computed(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
-            key = plans.key(build, logits, target, options)
-            plan = None if key is None else plans.find(key)
+            key, plan = plans.find(build, logits, target, options)
             if plan is not None and plan.takes(target, options):
                 return plan.run(logits, target, options)
             if oracle is not None:
@@ -109,11 +108,12 @@ def _dense(
     values, wrong = plain(target), None
     if not call.spec.sums.dense:
         classes, ignored = logits.shape[1], call.spec.sums.ignore_index
-        labels = call.target.reshape(logits.shape[0], 1, -1)
-        wrong = out_of_range(labels, classes, ignored)
-        counted = wrong if call.mask is None else wrong & (call.mask != 0).flatten(2)
+        wrong = out_of_range(
+            call.target.reshape(logits.shape[0], 1, *call.logits.shape[2:]), classes, ignored
+        )
+        counted = wrong if call.mask is None else wrong & (call.mask != 0)
         if readable(values):
-            check_labels(counted.sum((1, 2)), call.target, call.mask, classes, ignored)
+            check_labels(counted.flatten(1).sum(1), call.target, call.mask, classes, ignored)
         # A one-hot of such a label would end the process off the CPU.
         values, wrong = values.masked_fill(wrong.view(values.shape), 0), counted
     dtype = torch.float64 if exact else torch.promote_types(logits.dtype, torch.float32)

@@ -142,7 +142,7 @@ def region_sums(
         line = f"backend: {backend.name}; region_sums of {named_rows}"
         record_step(line, backend.name, dispatch.no_kernel(logits))
         if is_observed():
-            totals = stand_in(logits, (*logits.shape[:2], rows.bit_count()), torch.float64)
+            totals = stand_in((*logits.shape[:2], rows.bit_count()), torch.float64, logits, target, mask)
         else:
             totals = total_sums(logits, target, mask, spec, backend.namespace)
     named = dict(zip(row_names(rows), totals.unbind(-1), strict=True))

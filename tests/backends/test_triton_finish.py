@@ -26,9 +26,8 @@ from triton_finish_cases import (
 
 pytest.importorskip("triton")
 
-from bench import sass
-from bench.aot_facts import cuobjdump
-from bench.offline import target
+from bench.gpu.offline import target
+from bench.static import sass
 from dicekernels.backends.triton import finish as module
 from dicekernels.backends.triton.finish import plan_finish
 from dicekernels.backends.triton.launch import Launch
@@ -44,6 +43,7 @@ from dicekernels.spec import (
     N,
     Reduction,
     Transform,
+    Weights,
     row_index,
 )
 
@@ -172,7 +172,7 @@ def planned(slots: Tensor, rows: int, spec: FinishSpec) -> Launch:
     samples, _, classes, width = slots.shape
     loss = slots.new_full(spec.loss_shape(samples, classes), math.nan)
     coef = slots.new_full((samples, classes, width), math.nan)
-    return plan_finish(loss, coef, slots, *[None] * 5, rows, *spec.args(False), F64)
+    return plan_finish(loss, coef, slots, Weights(), rows, spec, False)
 
 
 @runs
@@ -233,9 +233,9 @@ def compiled(samples: int, chunks: int, classes: int, spec: FinishSpec, dtype: t
     slots = torch.empty(samples, chunks, classes, width, dtype=F64, device="meta")
     loss = slots.new_empty(spec.loss_shape(samples, classes), dtype=dtype)
     sizes = (classes - spec.skipped, classes, classes, 1, 1)
-    weights = [torch.empty(size, device="meta") for size in sizes]
+    weights = Weights(*(torch.empty(size, device="meta") for size in sizes))
     coef = slots.new_empty((samples, classes, width))
-    return plan_finish(loss, coef, slots, *weights, ALL_ROWS, *spec.args(False), dtype).compile()
+    return plan_finish(loss, coef, slots, weights, ALL_ROWS, spec, False).compile()
 
 
 KINDS = {
@@ -253,7 +253,7 @@ def test_no_spill(capability: int) -> None:
     with target(capability):
         for kind, batch, shape in itertools.product(KINDS, (False, True), ((2, 512, 4), (64, 2048, 512))):
             spec = FinishSpec(**KINDS[kind], batch=batch)
-            kernel = sass.read(compiled(*shape, spec).asm["cubin"], cuobjdump())
+            kernel = sass.read(compiled(*shape, spec).asm["cubin"])
             assert kernel.stack == 0, f"{kind}, batch {batch}, {shape}: {kernel.registers} registers"
 
 

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,9 +22,10 @@ pytest.importorskip("triton")
 import triton
 from triton.runtime import driver
 
-from bench.offline import target
+from bench.gpu.offline import target
+from dicekernels.backends import triton as backend
 from dicekernels.backends.triton import finish as finish_module
-from dicekernels.backends.triton import kernels, launch
+from dicekernels.backends.triton import launch
 from dicekernels.spec import (
     BAD,
     OVERLAP_ROWS,
@@ -36,11 +38,13 @@ from dicekernels.spec import (
     N,
     SumsSpec,
     VoxelTerm,
+    Weights,
 )
 
 INTERPRETED = triton.knobs.runtime.interpret
 compiles = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is set: run again without it")
 
+kernels = backend.kernels()
 LABELS = SumsSpec(False, Activation.SOFTMAX, rows=OVERLAP_ROWS | G | POS | N | BAD, voxel_term=VoxelTerm.CE)
 DENSE = SumsSpec(True, Activation.SIGMOID, rows=OVERLAP_ROWS | G)
 MASKED = SumsSpec(False, Activation.SIGMOID, rows=OVERLAP_ROWS | G | BAD)
@@ -153,7 +157,7 @@ def _pass(
     """The three ops; the tensors that callers see."""
     logits, labels, mask, spec = problem
     slots = kernels.sums(logits, labels, mask, spec)
-    loss, coef = kernels.finish(slots, *[None] * 5, spec.rows, *finish.args(False), dtype)
+    loss, coef = kernels.finish(slots, Weights(), spec.rows, finish, False, dtype)
     gradient = kernels.sums_backward(torch.ones((), dtype=dtype), logits, labels, mask, coef, spec)
     return *(tensor for tensor in (logits, labels, mask) if tensor is not None), slots, loss, coef, gradient
 
@@ -188,8 +192,8 @@ def test_other_layouts_and_specs_get_a_plan_of_their_own(records: Records) -> No
     before = len(records.planned)
     logits, labels, _, spec = _labels()
     for other in (
-        SumsSpec(**(vars(spec) | {"ignore_index": 1})),
-        SumsSpec(**(vars(spec) | {"rows": spec.rows | 64})),
+        replace(spec, ignore_index=1),
+        replace(spec, rows=spec.rows | 64),
     ):
         _pass((logits, labels, None, other))
     # A gradient of other strides, and none at all.
@@ -206,7 +210,7 @@ def test_choices_and_dtypes_of_finish_get_a_plan_of_their_own_and_numbers_do_not
 
     def run(dtype: torch.dtype = torch.float32, weight: Tensor | None = None, **changed: Any) -> None:
         spec = FinishSpec(**({"formula": Formula.RATIO} | changed))
-        kernels.finish(slots, weight, *[None] * 4, LABELS.rows, *spec.args(False), dtype)
+        kernels.finish(slots, Weights(weight), LABELS.rows, spec, False, dtype)
 
     run()
     for alpha in (0.25, 0.5, -0.0, float("nan")):
@@ -232,13 +236,13 @@ def test_a_lambda_counts_where_it_lies(records: Records) -> None:
     names = finish_module.finish_kernel.arg_names
     for number in (0.5, 2.0):
         factor = torch.tensor(number)
-        kernels.finish(slots, *[None] * 3, factor, None, LABELS.rows, *RATIO.args(False), torch.float32)
+        kernels.finish(slots, Weights(region_lambda=factor), LABELS.rows, RATIO, False, torch.float32)
         sent = dict(zip(names, records.started[-1].args, strict=True))
         assert (sent["region_lambda"], sent["region_value"]) == (None, number)
     assert len(records.planned) == 1
     for number in (0.5, 2.0):
         factor = torch.tensor([number])
-        kernels.finish(slots, *[None] * 3, factor, None, LABELS.rows, *RATIO.args(False), torch.float32)
+        kernels.finish(slots, Weights(region_lambda=factor), LABELS.rows, RATIO, False, torch.float32)
         sent = dict(zip(names, records.started[-1].args, strict=True))
         assert sent["region_lambda"].data_ptr() == factor.data_ptr() and sent["region_value"] == 1.0
     assert len(records.planned) == 2

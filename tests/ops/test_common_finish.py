@@ -33,6 +33,7 @@ from dicekernels.spec import (
     N,
     Reduction,
     Transform,
+    Weights,
     row_index,
     row_names,
 )
@@ -209,7 +210,7 @@ def test_every_formula_equals_its_twin_and_the_twins_autograd(library, block):
         weights = {n: torch.rand(size, generator=drawn, dtype=F64) for n, size in sizes.items()}
         weights |= {n: torch.rand((), generator=drawn, dtype=F64) for n in NAMES[3:]}
         weights = {n: w for at, (n, w) in enumerate(weights.items()) if (turn >> at) & 1}
-        truth = formulas.finish(totals, *(weights.get(n) for n in NAMES), rows, spec, False)
+        truth = formulas.finish(totals, Weights(**weights), rows, spec, False)
         loss, coef = run(library, totals.detach(), rows, spec, team=TEAMS[turn % 4], **weights)
         name = f"{spec} {kind} {(samples, classes)} {sorted(weights)}"
         assert_equal(loss, truth.detach(), f"loss {name}")

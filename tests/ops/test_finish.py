@@ -31,6 +31,7 @@ from dicekernels.spec import (
     N,
     Reduction,
     Transform,
+    Weights,
     row_index,
     row_names,
 )
@@ -322,8 +323,7 @@ def test_cpp_equals_its_twin_and_the_twins_autograd(block):
         slots, rows, spec, voxels, weights = combination(index)
         loss, coef = run("cpu", slots, rows, spec, voxels, **weights)
         totals = slots.sum(1).requires_grad_()
-        names = ("class_weight", "pos_weight", "neg_weight", "region_lambda", "voxel_lambda")
-        truth = formulas.finish(totals, *(weights.get(n) for n in names), rows, spec, voxels == 0)
+        truth = formulas.finish(totals, Weights(**weights), rows, spec, voxels == 0)
         label = f"{COMBINATIONS[index]} {spec} {sorted(weights)}"
         assert truth.shape == spec.loss_shape(*totals.shape[:2])
         assert_equal(loss, truth.detach(), f"loss {label}")
@@ -350,6 +350,6 @@ def test_the_twin_is_differentiable_in_weights_and_factors():
     leaves = [torch.rand(size, dtype=F64, requires_grad=True) for size in (3, 3)]
     factors = [torch.tensor(x, dtype=F64, requires_grad=True) for x in (0.7, 1.3)]
     assert torch.autograd.gradcheck(
-        lambda sums, cw, pw, rl, vl: formulas.finish(sums, cw, pw, None, rl, vl, rows, spec, False),
+        lambda sums, cw, pw, rl, vl: formulas.finish(sums, Weights(cw, pw, None, rl, vl), rows, spec, False),
         (slots.sum(1).requires_grad_(), *leaves, *factors),
     )

@@ -21,11 +21,11 @@ from dicekernels.spec import (
     FinishSpec,
     G,
     N,
+    Weights,
 )
 
 F64 = torch.float64
 EPS = torch.finfo(F64).eps
-NAMES = ("class_weight", "pos_weight", "neg_weight", "region_lambda", "voxel_lambda")
 ALL_ROWS = OVERLAP_ROWS | G | POS | NEG | LS | N | BAD | TN
 DEVICE = "cpu" if support.interpreted() else "cuda"
 
@@ -49,8 +49,7 @@ def run(
     **weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(loss, coef) on the CPU; ``weights`` by name, on any device, the others None."""
-    given = (weights.get(name) for name in NAMES)
-    loss, coef = finish(slots.to(DEVICE), *given, rows, *spec.args(empty), dtype)
+    loss, coef = finish(slots.to(DEVICE), Weights(**weights), rows, spec, empty, dtype)
     return loss.cpu(), coef.cpu()
 
 
@@ -82,7 +81,7 @@ def assert_equal(ours: Tensor, truth: Tensor, slots: Tensor, name: str, dtype: t
 def check(slots: Tensor, rows: int, spec: FinishSpec, empty: bool = False, **weights: Tensor | None) -> None:
     """Loss and slopes against the formulas in PyTorch."""
     loss, coef = run(slots, rows, spec, empty, **weights)
-    arguments = (slots.sum(1), *(weights.get(name) for name in NAMES), rows, spec, empty)
+    arguments = (slots.sum(1), Weights(**weights), rows, spec, empty)
     name = f"{tuple(slots.shape)} {spec} {sorted(weights)}"
     assert_equal(loss, formulas.finish(*arguments), slots, f"loss {name}")
     assert_equal(coef, formulas.coef(*arguments), slots, f"slopes {name}")

@@ -11,6 +11,7 @@ alpha or lambda must not compile a kernel per step. Triton passes Python floats 
 from __future__ import annotations
 
 import functools
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -18,15 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import spec
+from ...spec import FinishSpec, Weights
 from .codes import (
     ELEMENTS,
     GENERALIZED,
+    MEAN,
     NONE,
     ONE,
     RATIO,
-    REDUCE_MEAN,
-    REDUCE_NONE,
     ROW_BAD,
     ROW_FN,
     ROW_FP,
@@ -44,7 +44,6 @@ from .formulas import double, region_terms
 from .launch import Launch, launch
 from .problem import places
 from .support import compiles_ptx
-from .ticket import ticket
 from .totals import (
     add_chunks,
     add_terms,
@@ -54,6 +53,7 @@ from .totals import (
     load_row,
     store_loss,
     store_slopes,
+    ticket,
 )
 
 # Elements of the tiles: 16 and 2 doubles a thread.
@@ -164,7 +164,7 @@ def finish_kernel(
     terms = outputs if BATCH else samples * outputs
     region_factor = factor(region_lambda, region_value)
     weight = zeros + 1
-    if REDUCTION == REDUCE_MEAN:
+    if REDUCTION == MEAN:
         weight = weight / double(terms)
     if FORMULA == RATIO and class_weight is not None:
         weight = weight * class_values(class_weight, c - SKIPPED, overlaps)
@@ -258,10 +258,10 @@ def finish_kernel(
             store_slopes(coef, at, scale * by_ls, valid, spoilt, PLACES[ROW_LS])
             store_slopes(coef, at, scale * by_neg, valid, spoilt, PLACES[ROW_NEG])
 
-    if REDUCTION != REDUCE_NONE:
+    if REDUCTION != NONE:
         total = finish_half(tl.sum(region), region_factor, loss)
         # As torch: the mean of nothing and the quotient of two sums over no sample.
-        if FORMULA != NONE and REDUCTION == REDUCE_MEAN:
+        if FORMULA != NONE and REDUCTION == MEAN:
             total = tl.where(terms == 0, float("nan"), total)
         total += finish_half(tl.sum(voxel), voxel_factor, loss)
         if HAS_VOXEL_TERM and DENOMINATOR != ONE and DENOMINATOR != SAMPLES:
@@ -269,26 +269,21 @@ def finish_kernel(
         store_loss(loss, 0, tl.where(spoilt, float("nan"), total), None)
 
 
+# Fields of the spec that are arguments of the kernel, in its order, and those that are its constants.
+_VALUES = tuple(name for name, kind in FinishSpec.kinds().items() if kind is float)
+_CHOICES = tuple(name for name, kind in FinishSpec.kinds().items() if kind is not float)
+
+
 @functools.lru_cache(maxsize=256)
-def _meta(columns: int, classes: int, rows: int, *choices: Any) -> dict[str, Any]:
-    """Constants of the kernel; ``choices`` from formula to EMPTY, in the order of its parameters."""
-    names = (
-        "FORMULA",
-        "TRANSFORM",
-        "GDL_WEIGHT",
-        "SKIPPED",
-        "BATCH",
-        "REDUCTION",
-        "DENOMINATOR",
-        "VOXEL_SKIPPED",
-        "EMPTY",
-    )
+def _meta(columns: int, classes: int, rows: int, empty: bool, choices: tuple[int, ...]) -> dict[str, Any]:
+    """Constants of the kernel."""
     block_w = 4 if columns <= 512 else 16 if columns <= 8192 else 64
     block_c = triton.next_power_of_2(max(1, classes))
     return {
         "WIDTH": rows.bit_count(),
         "PLACES": places(rows),
-        **dict(zip(names, choices, strict=True)),
+        **{name.upper(): int(choice) for name, choice in zip(_CHOICES, choices, strict=True)},
+        "EMPTY": empty,
         "BLOCK_W": block_w,
         "BLOCK_K": CHUNK_TILE // block_w,
         "BLOCK_B": max(1, CLASS_TILE // block_c),
@@ -306,37 +301,27 @@ class _Inputs(NamedTuple):
 
 
 def _inputs(
-    loss: Tensor,
-    coef: Tensor,
-    sums: Tensor,
-    weights: tuple[Tensor | None, ...],
-    rows: int,
-    args: tuple[Any, ...],
+    loss: Tensor, coef: Tensor, sums: Tensor, weights: Weights, rows: int, spec: FinishSpec
 ) -> _Inputs:
-    """``weights`` from class_weight to voxel_lambda; ``args`` of the op after ``rows``."""
-    _, kappa, alpha, beta, smooth_nr, smooth_dr, _, exponent, _, skipped = args[:10]
-    class_weight, pos_weight, neg_weight, region_lambda, voxel_lambda = weights
     _, _, classes, width = sums.shape
     if width != rows.bit_count():
         raise RuntimeError(f"sums: got {width} rows, expected {rows.bit_count()}")
     device = sums.device
-    region, region_value = _factor("region_lambda", region_lambda, device)
-    voxel, voxel_value = _factor("voxel_lambda", voxel_lambda, device)
-    return _Inputs(
-        (
-            sums.contiguous(),
-            torch.empty_like(coef),
-            ticket(device),
-            loss,
-            coef,
-            _values("class_weight", class_weight, classes - skipped, device),
-            _values("pos_weight", pos_weight, classes, device),
-            _values("neg_weight", neg_weight, classes, device),
-            region,
-            voxel,
-        ),
-        (region_value, voxel_value, kappa, alpha, beta, smooth_nr, smooth_dr, exponent, args[12]),
+    region, region_value = _factor("region_lambda", weights.region_lambda, device)
+    voxel, voxel_value = _factor("voxel_lambda", weights.voxel_lambda, device)
+    tensors = (
+        sums.contiguous(),
+        torch.empty_like(coef),
+        ticket(device),
+        loss,
+        coef,
+        _values("class_weight", weights.class_weight, classes - spec.skipped, device),
+        _values("pos_weight", weights.pos_weight, classes, device),
+        _values("neg_weight", weights.neg_weight, classes, device),
+        region,
+        voxel,
     )
+    return _Inputs(tensors, (region_value, voxel_value, *attrgetter(*_VALUES)(spec)))
 
 
 def _values(name: str, tensor: Tensor | None, expected: int, device: torch.device) -> Tensor | None:
@@ -358,26 +343,17 @@ def plan_finish(
     loss: Tensor,
     coef: Tensor,
     sums: Tensor,
-    class_weight: Tensor | None,
-    pos_weight: Tensor | None,
-    neg_weight: Tensor | None,
-    region_lambda: Tensor | None,
-    voxel_lambda: Tensor | None,
+    weights: Weights,
     rows: int,
-    *args: Any,
+    spec: FinishSpec,
+    empty: bool,
 ) -> Launch:
-    """The launch that fills ``loss`` and ``coef``; the rest are the arguments of the op."""
-    weights = (class_weight, pos_weight, neg_weight, region_lambda, voxel_lambda)
-    return _plan(_inputs(loss, coef, sums, weights, rows, args), rows, _choices(args))
+    """The launch that fills ``loss`` and ``coef``; the rest are the arguments of :func:`finish`."""
+    inputs = _inputs(loss, coef, sums, weights, rows, spec)
+    return _plan(inputs, rows, empty, attrgetter(*_CHOICES)(spec))
 
 
-def _choices(args: tuple[Any, ...]) -> tuple[int, ...]:
-    """What the kernel has as constants, FORMULA to EMPTY, of the arguments of the op after ``rows``."""
-    formula, transform, gdl_weight, skipped, batch, reduction = args[0], args[6], *args[8:12]
-    return formula, transform, gdl_weight, skipped, batch, reduction, *args[13:16]
-
-
-def _plan(inputs: _Inputs, rows: int, choices: tuple[int, ...]) -> Launch:
+def _plan(inputs: _Inputs, rows: int, empty: bool, choices: tuple[int, ...]) -> Launch:
     sums = inputs.tensors[0]
     assert sums is not None
     samples, chunks, classes, width = sums.shape
@@ -387,7 +363,7 @@ def _plan(inputs: _Inputs, rows: int, choices: tuple[int, ...]) -> Launch:
             f"sums: got {columns} totals (samples x classes x rows), expected at most {MAX_COLUMNS}; "
             "split the batch"
         )
-    meta = _meta(columns, classes, rows, *choices)
+    meta = _meta(columns, classes, rows, empty, choices)
     programs = max(1, triton.cdiv(columns, meta["BLOCK_W"]))
     return Launch(
         finish_kernel, (programs,), (*inputs.tensors, *inputs.values, samples, chunks, classes), meta
@@ -395,28 +371,16 @@ def _plan(inputs: _Inputs, rows: int, choices: tuple[int, ...]) -> Launch:
 
 
 def finish(
-    sums: Tensor,
-    class_weight: Tensor | None,
-    pos_weight: Tensor | None,
-    neg_weight: Tensor | None,
-    region_lambda: Tensor | None,
-    voxel_lambda: Tensor | None,
-    rows: int,
-    *args: Any,
+    sums: Tensor, weights: Weights, rows: int, spec: FinishSpec, empty: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The op ``finish``: (loss in the dtype asked for, coef (B, C, R) float64), in one launch.
+    """The op ``finish``: (loss of this dtype, coef (B, C, R) float64), in one launch.
 
     Raises:
         RuntimeError: weights or sums of another length than classes and rows ask for.
     """
     samples, _, classes, width = sums.shape
-    shape: tuple[int, ...] = ()
-    if args[11] == spec.Reduction.NONE:
-        outputs = 1 if args[0] == spec.Formula.GENERALIZED else classes - args[9]
-        shape = (1 if args[10] else samples, outputs)
-    loss = sums.new_empty(shape, dtype=args[-1])
+    loss = sums.new_empty(spec.loss_shape(samples, classes), dtype=dtype)
     coef = sums.new_empty((samples, classes, width))
-    weights = (class_weight, pos_weight, neg_weight, region_lambda, voxel_lambda)
-    inputs, choices = _inputs(loss, coef, sums, weights, rows, args), _choices(args)
-    launch(lambda: _plan(inputs, rows, choices), *inputs, ("finish", rows, choices))
+    inputs, choices = _inputs(loss, coef, sums, weights, rows, spec), attrgetter(*_CHOICES)(spec)
+    launch(lambda: _plan(inputs, rows, empty, choices), *inputs, ("finish", rows, empty, choices))
     return loss, coef
