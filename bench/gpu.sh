@@ -189,7 +189,7 @@ if wanted check; then
         -k "not (inductor or reduce_overhead or two_to_the_31 or far_apart)"
 fi
 if wanted bench; then
-    limited 100 "$python" -m bench.prebuild --suite gpu
+    limited 100 "$python" -m bench.gpu.prebuild --suite gpu
     limited 200 "$python" -m bench.run --suite gpu --out "$OUT" --budget "$(within 170)" "$@"
 fi
 # shellcheck disable=SC2046  # lists of files
@@ -204,7 +204,7 @@ if wanted tests; then
 fi
 if wanted sanitize; then
     # shellcheck disable=SC2086  # a list of names
-    limited 320 "$python" -m bench.sanitize --backends $backends --budget "$(within 300)"
+    limited 320 "$python" -m bench.gpu.sanitize --backends $backends --budget "$(within 300)"
 fi
 if wanted host; then
     for backend in $backends; do
@@ -215,7 +215,7 @@ if wanted peers; then
     limited 300 "$python" -m bench.run --suite gpu_peers --out "$OUT" --budget "$(within 150)" "$@"
 fi
 if wanted tune; then
-    limited 540 "$python" -m bench.tune --out "$OUT" --budget "$(within 400)"
+    limited 540 "$python" -m bench.gpu.tune --out "$OUT" --budget "$(within 400)"
 fi
 
 if [ -n "$dry" ]; then
@@ -239,9 +239,9 @@ error = ((gradient - slope).norm() / slope.norm()).item()
 assert abs(loss - truth) < 1e-5 * abs(truth) and error < 1e-5, (loss, truth, error)
 print(f"triton in the interpreter: loss {loss:.5f}, eager {truth:.5f}; gradients differ by {error:.1e}")
 PYTHON
-    "$python" -m bench.tune --dry-run --layouts contiguous --out "$OUT"
-    "$python" -m bench.prebuild --capability 90 --limit 1 --workers 1
-    "$python" -m bench.sanitize --problems --device cpu --backends eager
+    "$python" -m bench.gpu.tune --dry-run --layouts contiguous --out "$OUT"
+    "$python" -m bench.gpu.prebuild --capability 90 --limit 1 --workers 1
+    "$python" -m bench.gpu.sanitize --problems --device cpu --backends eager
 fi
 if [ -n "$failed" ]; then
     echo "gpu.sh: failed:$failed"

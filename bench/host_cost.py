@@ -1,11 +1,13 @@
-"""``python -m bench.host_cost``: what a step of the Triton backend costs the host, beside an empty op.
+"""``python -m bench.host_cost``: what a step of a backend costs the host, beside an empty op.
 
 A step is DiceCE forward and backward on 512 voxels of 4 classes. The empty op is registered as ours are
-(torch.library, an autograd of its own), takes the same tensors, returns the same shapes and only allocates.
-Contenders take turns, a round each; the figures are medians over the rounds of a round's mean.
+(torch.library, an autograd of its own) and only allocates what it returns. Contenders take turns, a round
+each; the figures are medians over the rounds of a round's mean.
 
-With a GPU: real launches. Without one: tensors of the CPU, kernels compiled for sm_90, and a launcher that
-returns at once, so packing the arguments in C and cuLaunchKernelEx are missing from the figures.
+triton, cuda: with a GPU real launches. Without one: tensors of the CPU, kernels compiled for sm_90, and a
+launcher that returns at once: packing the arguments in C and cuLaunchKernelEx are missing from the figures.
+cpu: ``DiceCELoss`` of this checkout, of another one (``--against``, its compiled library included) and of
+MONAI, each in a process of its own and beside an empty op there.
 """
 
 from __future__ import annotations
@@ -13,17 +15,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import cProfile
+import functools
 import json
+import operator
+import os
 import pstats
 import statistics
+import subprocess
+import sys
 import time
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,12 +40,16 @@ from bench import schema
 from dicekernels import dispatch
 from dicekernels.autograd import fused_loss
 from dicekernels.backends import eager
-from dicekernels.evaluate import Call, record
+from dicekernels.call import Call, observed
 
 LIMIT = 100.0  # microseconds over the empty op
+MONAI_LIMIT = 0.25  # of MONAI's, both over the empty op
 OURS, MODULE, EMPTY, CUSTOM = "ours", "ours, module", "empty op", "empty custom_op"
+AGAINST, MONAI = "against", "monai"
 
 Step = Callable[[], Any]
+# Microseconds of a step, as the mean of so many.
+Clock = Callable[[int], float]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,27 +60,76 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--steps", type=int, default=20, help="of a contender in one round")
-    parser.add_argument("--out", type=Path, help="folder for host-cost-<backend>--<device>.json")
-    parser.add_argument("--backend", default="triton", help="cuda needs a GPU; eager: a dry run")
+    parser.add_argument("--out", type=Path, help="folder for host-cost-<backend>--<device>.json or -cpu.json")
+    parser.add_argument(
+        "--backend", default="triton", help="cuda needs a GPU; eager: a dry run; cpu: see above"
+    )
+    parser.add_argument("--against", type=Path, help="for cpu: another checkout, as a git worktree")
     parser.add_argument("--profile", nargs="?", const=OURS, metavar="CONTENDER", help="cProfile of one")
     parser.add_argument("--top", type=int, default=30, help="lines of the profile")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with chosen(device, options.backend), _offline(device):
-        steps = contenders(device, options.backend)
-        if options.profile:
-            profile(steps[options.profile], options.top)
-            return
-        found = summary(measure(steps, options.rounds, options.steps, device))
-    result = described(found, device, options)
+    device = "cuda" if torch.cuda.is_available() and options.backend != "cpu" else "cpu"
+    name = "host-cost-cpu" if options.backend == "cpu" else f"host-cost-{options.backend}--{device}"
+    with contextlib.ExitStack() as stack:
+        if options.backend == "cpu":
+            asked = {OURS: (schema.ROOT, "dicekernels"), MONAI: (schema.ROOT, "monai.losses")}
+            if options.against:
+                asked[AGAINST] = (options.against.resolve(), "dicekernels")
+            clocks = processes(stack, asked)
+            result = compared(measure(clocks, options.rounds, options.steps), options)
+        else:
+            stack.enter_context(chosen(device, options.backend))
+            stack.enter_context(_offline(device))
+            steps = contenders(device, options.backend)
+            if options.profile:
+                profile(steps[options.profile], options.top)
+                return
+            clocks = {name: clocked(step, device) for name, step in steps.items()}
+            found = summary(measure(clocks, options.rounds, options.steps))
+            result = described(found, device, options)
     print(json.dumps(result, indent=1))
     print(line(result))
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / f"host-cost-{options.backend}--{device}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        path = options.out / f"{name}.json"
+        schema.write(result, path)
         print(f"written: {path}")
+
+
+def processes(stack: contextlib.ExitStack, asked: dict[str, tuple[Path, str]]) -> dict[str, Clock]:
+    """Clocks of bench/host_steps.py for each (folder, module), and of an empty op beside it.
+
+    RuntimeError: one ended, or its loss or gradient is another one than ours.
+    """
+    script = str(schema.ROOT / "bench" / "host_steps.py")
+    # A library that the environment names would be loaded into every checkout.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DICEKERNELS_")}
+    clocks: dict[str, Clock] = {}
+    results = {}
+    for name, (folder, module) in asked.items():
+        running = stack.enter_context(
+            subprocess.Popen(
+                [sys.executable, script, str(folder), module],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment,
+            )
+        )
+        assert running.stdin and running.stdout
+        results[name] = [float(word) for word in running.stdout.readline().split()]
+        if not results[name] or not np.allclose(results[name], results[OURS], rtol=1e-5):
+            raise RuntimeError(f"{name}: expected loss and gradient {results[OURS]}, got {results[name]}")
+
+        def clock(
+            contender: str, count: int, stdin: IO[str] = running.stdin, stdout: IO[str] = running.stdout
+        ) -> float:
+            print(contender, count, file=stdin, flush=True)
+            return float(stdout.readline())
+
+        clocks[name] = functools.partial(clock, "loss")
+        clocks[f"{name}, {EMPTY}"] = functools.partial(clock, "empty")
+    return clocks
 
 
 @contextlib.contextmanager
@@ -86,10 +147,10 @@ def chosen(device: str, backend: str) -> Iterator[None]:
 
 
 def _offline(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Launches reach the GPU, or the launcher of bench/offline.py."""
+    """Launches reach the GPU, or the launcher of bench/gpu/offline.py."""
     if device == "cuda":
         return contextlib.nullcontext()
-    from bench.offline import idle_launcher, target
+    from bench.gpu.offline import idle_launcher, target
 
     return target(90, idle_launcher)
 
@@ -104,12 +165,12 @@ def contenders(device: str, backend: str = "triton") -> dict[str, Step]:
     logits = torch.randn(1, 4, 8, 8, 8, generator=generator).to(device).requires_grad_()
     labels = torch.randint(4, (1, 1, 8, 8, 8), generator=generator).to(device, torch.uint8)
     loss = dicekernels.DiceCELoss(to_onehot_y=True, softmax=True)
-    with record() as calls:
+    calls: list[Any] = []
+    with observed(calls.append):
         loss(logits, labels)
     (call,) = calls
     assert isinstance(call, Call), call
-    weights = (call.class_weight, call.pos_weight, call.neg_weight, call.region_lambda, call.voxel_lambda)
-    tensors = (call.logits, call.target, call.mask, *weights)
+    tensors = (call.logits, call.target, call.mask, *call.weights)
     namespace = _namespace(backend)
     empty, custom = empty_op(call), empty_custom_op(call)
 
@@ -194,44 +255,48 @@ def _add_autograd(name: str, backward: Callable[..., Tensor], library: torch.lib
     torch.library.register_autograd(name, back, setup_context=save, lib=library)
 
 
-def measure(steps: dict[str, Step], rounds: int, count: int, device: str) -> dict[str, list[float]]:
-    """Microseconds of a step by contender, one figure a round; the order turns with the rounds."""
+def clocked(step: Step, device: str) -> Clock:
+    """A clock of a step in this process."""
     wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    for run in steps.values():
+
+    def clock(count: int) -> float:
+        # The queue of the GPU starts empty, so that no launch waits for a place in it.
+        wait()
+        start = time.perf_counter()
         for _ in range(count):
-            run()
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
+            step()
+        return (time.perf_counter() - start) / count * 1e6
+
+    return clock
+
+
+def measure(clocks: dict[str, Clock], rounds: int, count: int) -> dict[str, list[float]]:
+    """Microseconds of a step by contender, one figure a round; the order turns with the rounds."""
+    for clock in clocks.values():
+        clock(count)
+    taken: dict[str, list[float]] = {name: [] for name in clocks}
+    names = list(clocks)
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            run = steps[name]
-            # The queue of the GPU starts empty, so that no launch waits for a place in it.
-            wait()
-            start = time.perf_counter()
-            for _ in range(count):
-                run()
-            taken[name].append((time.perf_counter() - start) / count * 1e6)
+            taken[name].append(clocks[name](count))
     return taken
 
 
 def summary(taken: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Median, minimum and distance of the quartiles in microseconds."""
+    """Minimum and quartiles of each."""
     found = {}
-    for name, times in taken.items():
-        low, _, high = statistics.quantiles(times, n=4)
-        found[name] = {"median": statistics.median(times), "min": min(times), "iqr": high - low}
+    for name, figures in taken.items():
+        lower, _, upper = statistics.quantiles(figures, n=4)
+        median = statistics.median(figures)
+        found[name] = {"median": median, "min": min(figures), "lower": lower, "upper": upper}
     return found
 
 
 def described(found: dict[str, Any], device: str, options: argparse.Namespace) -> dict[str, Any]:
-    suite = f"host-cost-{options.backend}"
-    where = schema.describe(suite, "", device, options.backend, threads=1, rounds=options.rounds)
     over = {name: found[OURS]["median"] - found[name]["median"] for name in (EMPTY, CUSTOM)}
     # Other processes slow both down alike, and with them the difference; the minima are disturbed least.
     over_of_minima = found[OURS]["min"] - found[EMPTY]["min"]
-    kept = ("suite", "date", "commit", "dirty", "device", "backend", "host", "rounds", "versions")
-    return {key: where[key] for key in kept} | {
-        "steps": options.steps,
+    return _circumstances(device, options) | {
         "launch": "real" if device == "cuda" else "without packing in C and cuLaunchKernelEx",
         "microseconds": found,
         "over": over,
@@ -241,9 +306,40 @@ def described(found: dict[str, Any], device: str, options: argparse.Namespace) -
     }
 
 
+def compared(taken: dict[str, list[float]], options: argparse.Namespace) -> dict[str, Any]:
+    """The result for the CPU: each over its empty op, and ours as a part of the others' in the same round."""
+    names = [name for name in (OURS, AGAINST, MONAI) if name in taken]
+    over = {name: list(map(operator.sub, taken[name], taken[f"{name}, {EMPTY}"])) for name in names}
+    ratios = {name: list(map(operator.truediv, over[OURS], over[name])) for name in names[1:]}
+    return _circumstances("cpu", options) | {
+        "against": options.against and (schema.git("rev-parse", "HEAD", folder=options.against) or "unknown"),
+        "microseconds": summary(taken),
+        "over": summary(over),
+        "ours over": summary(ratios),
+    }
+
+
+def _circumstances(device: str, options: argparse.Namespace) -> dict[str, Any]:
+    suite = f"host-cost-{options.backend}"
+    where = schema.describe(suite, "", device, options.backend, threads=1, rounds=options.rounds)
+    kept = ("suite", "date", "commit", "dirty", "device", "backend", "host", "rounds", "versions")
+    return {key: where[key] for key in kept} | {"steps": options.steps}
+
+
 def line(result: dict[str, Any]) -> str:
     """The result in words."""
     medians = {name: found["median"] for name, found in result["microseconds"].items()}
+    if "ours over" in result:
+        words = [
+            f"{name} {medians[name]:.0f} µs, over an empty op {over['median']:.0f} "
+            f"({over['lower']:.0f} to {over['upper']:.0f})"
+            for name, over in result["over"].items()
+        ]
+        words += [
+            f"ours is {ratio['median']:.2f} ({ratio['lower']:.2f} to {ratio['upper']:.2f}) of {name}"
+            for name, ratio in result["ours over"].items()
+        ]
+        return "forward + backward: " + "; ".join(words)
     verdict = "met" if result["met"] else "MISSED"
     note = "" if result["launch"] == "real" else f"; {result['launch']}"
     return (

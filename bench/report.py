@@ -112,7 +112,7 @@ def share_lines(document: schema.Document) -> list[list[str]]:
             continue
         case, times = case_of(row), row["milliseconds"]
         floor = case.floor_bytes / per_ms
-        forced = f", {row['backend']}" if "backend" in row else ""
+        forced = f", {row['backend']}" if row.get("backend") else ""
         cells = [case.name + forced, _verdict(row), f"{1e3 * floor:.1f}"]
         if times is None:
             lines.append(cells)

@@ -359,7 +359,6 @@ def memory_row(case: Case, contender: Any, step: measure.Step, resident: bool, d
     return {
         "case": case.as_json(),
         "contender": contender.name,
-        "role": contender.role,
         "logits_bytes": case.logits_bytes,
         "profiled": asdict(profiled),
         "resident": sizes,

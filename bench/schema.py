@@ -1,4 +1,4 @@
-"""The form of a result file: one document per suite and device."""
+"""The form of result files, a line for each row; of a suite: one document per suite and device."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -20,21 +21,18 @@ except ImportError:  # a GPU node without it: what is written there is checked w
     jsonschema = None
 
 ROOT = Path(__file__).resolve().parent.parent
-VERSION = 1
+VERSION = 2
 # What the caller of bench.run chose; ``cases`` is "" for the whole suite.
 ASKED = ("suite", "cases", "device", "backend", "threads", "rounds")
 
 Document = dict[str, Any]
+Row = dict[str, Any]
 
 
 def _object(**properties: Any) -> dict[str, Any]:
-    """An object with exactly these properties."""
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
+    """An object with exactly these properties; what COLUMNS leaves out need not be there."""
+    required = [name for name in properties if name not in ("iqr", "min", "value_error", "gradient_error")]
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
 def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
@@ -77,11 +75,10 @@ _TIMING = _object(
     minor_faults=_nullable({"type": "number", "minimum": 0}),
 )
 # Of ours, where a backend is forced.
-_TIMING["properties"]["backend"] = _TEXT
+_TIMING["properties"]["backend"] = _nullable(_TEXT)
 _MEMORY = _object(
     case=_CASE,
     contender=_TEXT,
-    role=_ROLE,
     logits_bytes=_BYTES,
     profiled=_object(
         forward_peak={"type": "integer"},
@@ -143,6 +140,30 @@ SCHEMA["properties"] |= {
     "finished": {"type": "boolean"},
 }
 
+# What the tables read, which is what a file keeps; a case is its place in the list of cases.
+COLUMNS = {
+    "timings": [
+        *(
+            "case",
+            "allocator",
+            "contender",
+            "role",
+            "backend",
+            "traffic_bytes",
+            "check.passed",
+            "check.reason",
+        ),
+        *("error", "milliseconds.forward.median", "milliseconds.backward.median"),
+        *(f"milliseconds.both.{name}" for name in ("median", "min", "iqr")),
+        "minor_faults",
+    ],
+    "memory": [
+        *("case", "contender", "logits_bytes"),
+        *(f"profiled.{name}" for name in ("forward_peak", "kept", "backward_peak")),
+        *(f"resident.{name}" for name in ("forward_peak", "kept", "peak")),
+    ],
+}
+
 
 def validate(document: Document) -> None:
     """``jsonschema.ValidationError`` for a document of another form, ValueError for one that
@@ -159,6 +180,58 @@ def validate(document: Document) -> None:
             raise ValueError(f"{where}: allocator {row['allocator']!r} is not in `allocators`")
 
 
+def pack(rows: list[Row], columns: Sequence[str]) -> list[list[Any]]:
+    """The columns, then a list of values for each row: with six digits, null for what a row lacks.
+
+    A column of a nested object is a path: "check.passed".
+    """
+
+    def value(row: Any, column: str) -> Any:
+        for key in column.split("."):
+            row = None if row is None else row.get(key)
+        return float(f"{row:.8g}") if isinstance(row, float) else row
+
+    return [list(columns), *([value(row, column) for column in columns] for row in rows)]
+
+
+def _unpack(columns: list[str], *rows: list[Any]) -> list[Row]:
+    unpacked = []
+    for values in rows:
+        row: Row = {column.split(".")[0]: None for column in columns}
+        for column, value in zip(columns, values, strict=True):
+            *path, last = column.split(".")
+            place = row
+            if value is not None:
+                for key in path:
+                    place[key] = place.get(key) or {}
+                    place = place[key]
+                place[last] = value
+        unpacked.append(row)
+    return unpacked
+
+
+def write(document: Document, path: Path) -> None:
+    """JSON with a line for each key, and for each row of a list of rows."""
+    lines = []
+    for key, value in document.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value and isinstance(value[0], (list, dict)):
+            rows = (json.dumps(row, separators=(",", ":")) for row in value)
+            text = "[\n  " + ",\n  ".join(rows) + "\n ]"
+        lines.append(f" {json.dumps(key)}: {text}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def read(path: Path) -> Document:
+    """What ``write`` wrote, with packed rows as objects."""
+    document: Document = json.loads(path.read_text())
+    for key, value in document.items():
+        if isinstance(value, list) and value and isinstance(value[0], list):
+            document[key] = _unpack(*value)
+    return document
+
+
 def save(document: Document, folder: Path) -> Path:
     """Validate and write ``<suite>--<device>.json``.
 
@@ -171,23 +244,29 @@ def save(document: Document, folder: Path) -> Path:
         parts.append(slug(document["backend"]))
     if document["cases"]:
         parts.append(slug(document["cases"]) or "part")
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / ("--".join(parts) + ".json")
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    problems = list({str(row["case"]): row["case"] for row in document["timings"]}.values())
+    packed = {"problems": pack(problems, list(_CASE["properties"]))}
+    for key, columns in COLUMNS.items():
+        packed[key] = pack([row | {"case": problems.index(row["case"])} for row in document[key]], columns)
+    write(document | packed, path)
     return path
 
 
 def load(path: Path) -> Document:
-    document: Document = json.loads(path.read_text())
+    document = read(path)
+    problems = document.pop("problems")
+    for row in (*document["timings"], *document["memory"]):
+        row["case"] = problems[row["case"]]
     validate(document)
     return document
 
 
 def describe(suite: str, cases: str, device: str, backend: str, threads: int, rounds: int) -> Document:
     """The document without its rows: where, when and on what the suite runs."""
-    commit = _git("rev-parse", "HEAD")
+    commit = git("rev-parse", "HEAD")
     # Results are written by the runs themselves and do not make the code another one.
-    status = _git("status", "--porcelain", "--", ".", ":!bench/results")
+    status = git("status", "--porcelain", "--", ".", ":!bench/results")
     name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
     return {
         "schema": VERSION,
@@ -237,10 +316,10 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine() or "unknown"
 
 
-def _git(*arguments: str) -> str | None:
-    """Output of git in the repository, None where there is no repository or no git."""
+def git(*arguments: str, folder: Path = ROOT) -> str | None:
+    """Output of git in a repository, None where there is no repository or no git."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

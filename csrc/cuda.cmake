@@ -29,10 +29,6 @@ endfunction()
 if(DICEKERNELS_BUILD STREQUAL "cpu")
   return()
 endif()
-if(NOT DK_CUDA_KERNELS)
-  message(STATUS "csrc/cuda has no kernels: no CUDA library")
-  return()
-endif()
 
 # In this order: CUDACXX, the toolkit that PyTorch's own builds take, PATH.
 foreach(variable CUDA_HOME CUDA_PATH)
@@ -92,17 +88,25 @@ if(codes)
 endif()
 
 # The kernels include no header of torch: four architectures then compile in a quarter of the time.
-add_library(dk_cuda_kernels OBJECT)
-list(TRANSFORM DK_CUDA_KERNELS PREPEND "${CMAKE_SOURCE_DIR}/csrc/" OUTPUT_VARIABLE kernels)
-target_sources(dk_cuda_kernels PRIVATE ${kernels})
-target_include_directories(dk_cuda_kernels PRIVATE "${CMAKE_SOURCE_DIR}/csrc")
 set(DK_CUDA_FLAGS -O3 --expt-relaxed-constexpr -Werror=all-warnings
   -Xcompiler=-fvisibility=hidden,-Wall,-Wextra,-Werror)
-target_compile_options(dk_cuda_kernels PRIVATE ${DK_CUDA_FLAGS} ${DK_GENCODE} "-Xcompiler=-fmacro-prefix-map=${CMAKE_SOURCE_DIR}/=")
-set_target_properties(dk_cuda_kernels PROPERTIES
-  CUDA_ARCHITECTURES OFF CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_EXTENSIONS OFF)
+function(dk_cuda_kernels name)
+  list(TRANSFORM ARGN PREPEND "${CMAKE_SOURCE_DIR}/csrc/")
+  add_library(${name} OBJECT ${ARGN})
+  target_include_directories(${name} PRIVATE "${CMAKE_SOURCE_DIR}/csrc")
+  target_compile_options(${name} PRIVATE ${DK_CUDA_FLAGS} ${DK_GENCODE} "-Xcompiler=-fmacro-prefix-map=${CMAKE_SOURCE_DIR}/=")
+  set_target_properties(${name} PROPERTIES
+    CUDA_ARCHITECTURES OFF CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_EXTENSIONS OFF)
+endfunction()
 
-add_library(dicekernels_cuda MODULE ${DK_CUDA_BINDINGS} $<TARGET_OBJECTS:dk_cuda_kernels>)
+add_library(dicekernels_cuda MODULE csrc/cuda/ops.cpp)
+dk_cuda_kernels(dk_cuda_kernels ${DK_CUDA_KERNELS})
+target_sources(dicekernels_cuda PRIVATE $<TARGET_OBJECTS:dk_cuda_kernels>)
+foreach(element IN LISTS DK_ELEMENTS)
+  dk_cuda_kernels(dk_cuda_${element} ${DK_ELEMENT_KERNELS})
+  target_compile_definitions(dk_cuda_${element} PRIVATE DK_ELEMENT=${element})
+  target_sources(dicekernels_cuda PRIVATE $<TARGET_OBJECTS:dk_cuda_${element}>)
+endforeach()
 # Linked by the C++ compiler: nvcc would add a stub for an architecture that nobody asked for. The
 # static runtime lets one library run beside the CUDA 12 and CUDA 13 builds of torch.
 target_link_libraries(dicekernels_cuda PRIVATE dk_options stdc++

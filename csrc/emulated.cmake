@@ -1,15 +1,23 @@
 # The CUDA kernels compiled for the CPU (tests/cpp), so that tests run them without a GPU and without
 # nvcc. The library is installed among the tests and is never part of a wheel.
-if(NOT DICEKERNELS_EMULATED OR NOT DK_CUDA_KERNELS)
+if(NOT DICEKERNELS_EMULATED)
   return()
 endif()
 
 # A source file has one language in a folder, and that of a .cu is CUDA: each is included by a .cpp.
-set(sources ${DK_CUDA_BINDINGS})
+set(sources csrc/cuda/ops.cpp)
+function(dk_wrap kernel element)
+  set(wrapper "${CMAKE_BINARY_DIR}/emulated/${kernel}${element}.cpp")
+  file(CONFIGURE OUTPUT "${wrapper}" CONTENT "#define DK_ELEMENT ${element}\n#include \"${kernel}\"\n" @ONLY)
+  set(sources ${sources} "${wrapper}" PARENT_SCOPE)
+endfunction()
 foreach(kernel IN LISTS DK_CUDA_KERNELS)
-  set(wrapper "${CMAKE_BINARY_DIR}/emulated/${kernel}.cpp")
-  file(CONFIGURE OUTPUT "${wrapper}" CONTENT "#include \"${kernel}\"\n" @ONLY)
-  list(APPEND sources "${wrapper}")
+  dk_wrap(${kernel} "")
+endforeach()
+foreach(kernel IN LISTS DK_ELEMENT_KERNELS)
+  foreach(element IN LISTS DK_ELEMENTS)
+    dk_wrap(${kernel} ${element})
+  endforeach()
 endforeach()
 
 find_package(Threads REQUIRED)

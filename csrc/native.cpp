@@ -12,10 +12,15 @@
 #include <string>
 
 #include "build_info.h"
+#include "common/finish.h"
 #include "cuda/fast.h"
 #include "cuda/tile.h"
 
 namespace py = pybind11;
+
+#define DK_ARGUMENT(op, type, name) , py::arg(#name)
+#define DK_TEXT(...) DK_TEXT_OF(__VA_ARGS__)  // after the macros in it
+#define DK_TEXT_OF(...) #__VA_ARGS__
 
 namespace {
 
@@ -97,6 +102,8 @@ py::dict pass_of(const dicekernels::Problem& p, bool backward) {
                                    : cuda::plan_memory(fast, bytes, masked).bytes;
     out["classes_in_registers"] = fast.held;
     out["warps_per_voxel"] = fast.warps;
+    out["voxels_per_thread"] = fast.last ? cuda::last_voxels(bytes, fast.warps > 1)
+                                         : cuda::row_voxels(bytes, fast.held, fast.warps > 1);
     out["wide"] = fast.wide;
     out["channels_last"] = fast.last;
     out["direct_labels"] = fast.direct;
@@ -113,34 +120,43 @@ py::dict pass_of(const dicekernels::Problem& p, bool backward) {
 
 // The arguments after channels_last are those of the ops after their tensors (dicekernels/ops.py).
 py::dict launch_plan(const std::array<int64_t, 3>& shape, const std::string& logits,
-                     const std::string& target, bool masked, bool channels_last, bool dense,
-                     int64_t activation, int64_t overlap, int64_t voxel_term, int64_t rows,
-                     std::optional<int64_t> ignore_index, bool product_mask, double focal_gamma,
-                     int64_t first_class) {
+                     const std::string& target, bool masked,
+                     bool channels_last DK_SUMS_NUMBERS(DK_PARAMETER)) {
   using namespace dicekernels;
   if (shape[0] < 0 || shape[1] < 1 || shape[2] < 0)
     throw py::value_error("shape: expected (B, C, V) with at least one class");
   Problem p{};
+  static_cast<SumsSpec&>(p) = {DK_SUMS_NUMBERS(DK_VALUE)};
   p.batch = shape[0];
   p.classes = shape[1];
   p.voxels = shape[2];
   p.logits = view_of(logits, p.classes, p.voxels, channels_last);
   p.target = view_of(target, dense ? p.classes : 1, p.voxels, channels_last);
   if (masked) p.mask = view_of("float32", 1, p.voxels, false);
-  p.dense = dense;
-  p.product_mask = product_mask;
-  p.has_ignore = ignore_index.has_value();
-  p.ignore_index = ignore_index.value_or(0);
-  p.activation = static_cast<Activation>(activation);
-  p.overlap = static_cast<Overlap>(overlap);
-  p.voxel_term = static_cast<VoxelTerm>(voxel_term);
-  p.rows = rows;
-  p.focal_gamma = focal_gamma;
-  p.first_class = first_class;
   py::dict passes;
   passes["sums"] = pass_of(p, false);
   passes["sums_backward"] = pass_of(p, true);
   return passes;
+}
+
+// As dicekernels/ops.py writes them, from the parameters of the op functions.
+std::map<std::string, std::string> schemas() {
+  const auto schema = [](std::string text, const char* results) {
+    const std::pair<std::string, std::string> spelled[] = {{"OptionalTensor", "Tensor?"},
+                                                           {"TensorArgument", "Tensor"},
+                                                           {"std::optional<int64_t>", "int?"},
+                                                           {"int64_t", "int"},
+                                                           {"double", "float"},
+                                                           {" ,", ","}};
+    for (const auto& [here, there] : spelled)
+      for (size_t at; (at = text.find(here)) != std::string::npos;)
+        text.replace(at, here.size(), there);
+    return "(" + text + ") -> " + results;
+  };
+  return {
+      {"sums", "sums" + schema(DK_TEXT(DK_SUMS_PARAMETERS), "Tensor")},
+      {"finish", "finish" + schema(DK_TEXT(DK_FINISH_PARAMETERS), "(Tensor, Tensor)")},
+      {"sums_backward", "sums_backward" + schema(DK_TEXT(DK_SUMS_BACKWARD_PARAMETERS), "Tensor")}};
 }
 
 }  // namespace
@@ -154,9 +170,8 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("isa_level", &isa_level, "baseline, avx2 or avx512: the widest CPU kernels that run here");
   m.def(
       "launch_plan", &launch_plan, py::arg("shape"), py::arg("logits"), py::arg("target"),
-      py::arg("masked"), py::arg("channels_last"), py::arg("dense"), py::arg("activation"),
-      py::arg("overlap"), py::arg("voxel_term"), py::arg("rows"), py::arg("ignore_index"),
-      py::arg("product_mask"), py::arg("focal_gamma"), py::arg("first_class"),
+      py::arg("masked"), py::arg("channels_last") DK_SUMS_NUMBERS(DK_ARGUMENT),
       "How the CUDA kernels cut (B, C, V) logits and a target of these dtypes, aligned and without "
       "gaps: {sums, sums_backward: {kernel, blocks, threads, shared_bytes, ...}}");
+  m.def("schemas", &schemas, "{op: its schema}, as the compiled libraries implement it");
 }

@@ -218,11 +218,11 @@ def class_weight(
                 weight.shape[0], classes, skipped, None if whole is None else whole.numel()
             )
         )
-    _counts(weight, "the value/values of the `weight` should be no less than 0.")
+    counts(weight, "the value/values of the `weight` should be no less than 0.")
     return weight.expand(classes) if weight.ndim == 0 else weight
 
 
-def _counts(weight: Tensor, rule: str) -> None:
+def counts(weight: Tensor, rule: str) -> None:
     """Raises ValueError for a value that is negative or not finite."""
     if not readable(weight):
         return
@@ -259,7 +259,7 @@ def focal_weight(weight: Tensor | None, classes: int, skipped: int = 0) -> Tenso
                 f"The number of class_weight ({weight.numel()}) must match the number of output channels "
                 f"({classes}). `weight`: " + hints.of_weight_length(weight.numel(), classes, skipped, None)
             )
-    _counts(weight, "class_weight values must be non-negative.")
+    counts(weight, "class_weight values must be non-negative.")
     return weight
 
 
@@ -306,7 +306,7 @@ def ce_weight(weight: Tensor | None, classes: int) -> Tensor | None:
             f"class, the background included{remedy}"
         )
     if classes > 1:
-        _counts(weight, "the value/values of the `weight` should be no less than 0.")
+        counts(weight, "the value/values of the `weight` should be no less than 0.")
     return weight
 
 

@@ -142,6 +142,12 @@ def forced_backend() -> str | None:
     return _forced
 
 
+def refuse_forced(reason: str, remedy: str) -> None:
+    """Raises RuntimeError if another backend than "eager" is forced, which alone can run something."""
+    if _forced not in (None, "eager"):
+        raise RuntimeError(f"backend {_forced!r} was forced, but {reason}; {remedy}")
+
+
 def force_backend(name: str | None) -> None:
     """Use one backend for every call from now on (None: choose again).
 

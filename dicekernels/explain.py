@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from . import dispatch
 from .arguments import documented
 from .backends import native
-from .evaluate import Call, Step, Told, record
+from .call import Call, Step, observed
+from .spec import chunk_count, row_names
+from .tensors import is_flat
 
 # What a kernel keeps beside its sums: weights and lambdas, a few for each class.
 FEW_BYTES = 4096
@@ -19,7 +23,11 @@ FEW_BYTES = 4096
 
 @documented()
 def explain(loss: Callable[..., Any], logits: Tensor | Sequence[Tensor], target: Tensor, **more: Any) -> str:
-    """Evaluates ``loss(logits, target, **more)`` once and tells how it ran, in a sentence and then in detail.
+    """Builds ``loss(logits, target, **more)`` and tells how it runs, in a sentence and then in detail.
+
+    The kernels do not run: in place of a loss of theirs stand zeros, with zero gradient, and labels out of
+    range are not found. What PyTorch computes (``other_act``, maps, gradients of targets) does run, so that
+    the memory that it keeps can be measured.
 
     Args:
         loss: a loss module or function of this package, or a callable that uses them.
@@ -30,17 +38,18 @@ def explain(loss: Callable[..., Any], logits: Tensor | Sequence[Tensor], target:
 
     Returns:
         First one sentence: how many passes over the volume, where, and the memory that is kept for backward
-        (measured: what the loss's graph holds beside the tensors given here and those of the module). Then
-        for each call its backend, the reasons against the others, the sums, and notes on whatever happens
-        outside the kernels.
+        (measured, but for the sums of the kernels: what the loss's graph holds beside the tensors given here
+        and those of the module). Then for each call its backend, the reasons against the others, the sums,
+        and notes on whatever happens outside the kernels.
 
     Raises:
         ValueError: the callable used no loss of this package.
         Whatever the loss raises on these tensors.
     """
-    with record() as calls:
+    ran: list[Step | Told] = []
+    with observed(lambda call: ran.append(call if isinstance(call, Step) else told(call))):
         value = loss(logits, target, **more)
-    if not calls:
+    if not ran:
         name = type(loss).__name__
         raise ValueError(f"loss: {name} made no call into dicekernels, expected one of its losses")
     outputs = [logits] if isinstance(logits, Tensor) else logits
@@ -51,33 +60,68 @@ def explain(loss: Callable[..., Any], logits: Tensor | Sequence[Tensor], target:
     size = sum(output.numel() * output.element_size() for output in outputs)
     wanted = torch.is_grad_enabled() and any(output.requires_grad for output in outputs)
     graph = any(x.requires_grad for x in values) if values else wanted
-    lines = [_sentence(calls, graph, _kept(values, given) if values or not wanted else None, size)]
-    lines += [call.line if isinstance(call, Step) else _told(call).lines for call in calls]
+    lines = [_sentence(ran, graph, _kept(values, given) if values or not wanted else None, size)]
+    lines += [one.line for one in ran]
     if not wanted:
         lines.append("note: no gradient is recorded for these logits; backward was not considered")
     return "\n".join(lines)
 
 
-def _told(call: Call) -> Told:
-    assert call.told is not None  # it ran in a record
-    return call.told
+@dataclass(frozen=True)
+class Told(Step):
+    """How a Call runs; its reason is why no kernel runs it.
+
+    Attributes:
+        kept: bytes of the sums that are kept for backward.
+        aside, notes: as in :class:`Call`.
+    """
+
+    kept: int = 0
+    aside: str = ""
+    notes: tuple[str, ...] = ()
 
 
-def _sentence(calls: Sequence[Call | Step], graph: bool, kept: int | None, size: int) -> str:
+def told(call: Call) -> Told:
+    """Which backend runs a call here and now and why, and what it costs."""
+    logits, target, reason = call.logits, call.target, call.eager_reason()
+    chosen = "eager" if reason else dispatch.choose(logits).name
+    samples, classes = logits.shape[:2]
+    chunks, rows = chunk_count(logits.shape[2:].numel()), row_names(call.spec.sums.rows)
+    kept = samples * classes * len(rows) * 8
+    lines = [f"backend: {chosen}" + (f" ({reason})" if reason else "")]
+    forced = dispatch.forced_backend()
+    other = "not the first choice" if forced is None else f"{forced!r} is forced"
+    for name, refusal in dispatch.refusals(logits).items():
+        if name != chosen:
+            lines.append(f"  not {name}: {refusal or reason or other}")
+    lines += [
+        f"logits: {tuple(logits.shape)} {logits.dtype} on {logits.device}, "
+        f"{logits.numel() * logits.element_size() / 1e6:.1f} MB; target: {tuple(target.shape)} "
+        f"{target.dtype}, {'values' if call.spec.sums.dense else 'labels'}",
+        f"sums: {', '.join(rows)} in {chunks} chunks a sample, {kept * chunks / 1e6:.3f} MB; "
+        f"kept for backward: {kept / 1e6:.3f} MB beside the inputs",
+    ]
+    for name, tensor in (("logits", logits), ("target", target), ("mask", call.mask)):
+        if tensor is not None and not is_flat(tensor, 2 if tensor.ndim == logits.ndim else 1):
+            lines.append(f"note: the space of {name} has no single stride, so it is copied in each pass")
+    lines += [f"note: {note}" for note in call.notes]
+    why = reason or dispatch.no_kernel(logits)
+    return Told("\n".join(lines), chosen, why, bool(reason), kept, call.aside, call.notes)
+
+
+def _sentence(calls: Sequence[Step], graph: bool, kept: int | None, size: int) -> str:
     """The whole in plain words.
 
     Args:
         kept: bytes beside the given tensors, None if there was no result to measure them at.
         size: bytes of the logits.
     """
-    remarks = [call.reason for call in calls if isinstance(call, Step) and not call.backend]
-    ran = [call if isinstance(call, Step) else _told(call) for call in calls]
-    ran = [one for one in ran if one.backend]
+    remarks = [one.reason for one in calls if not one.backend]
+    ran = [one for one in calls if one.backend]
     eager = [one for one in ran if one.backend == "eager"]
     kernels = sorted({one.backend for one in ran if one.backend != "eager"})
     passes = "one pass forward and one backward" if graph else "one pass forward"
-    if any(isinstance(one, Told) and one.labels_again for one in ran):
-        passes += " (and one over the label map)"
+    passes += next((f" (and {one.aside})" for one in ran if isinstance(one, Told) and one.aside), "")
     reasons = "; ".join(dict.fromkeys(remarks + [one.reason for one in eager if one.reason]))
     if not ran or len(ran) < 2 * len(remarks):
         how = f"Runs in part outside of dicekernels ({reasons})"
@@ -95,7 +139,7 @@ def _sentence(calls: Sequence[Call | Step], graph: bool, kept: int | None, size:
             f"Runs in {len(ran)} calls, {len(eager)} of them in PyTorch (eager): {reasons}; "
             f"{others} {passes} on {_names(kernels)}"
         )
-    return f"{how}; {_memory(calls, ran, graph, kept, size)}."
+    return f"{how}; {_memory(calls, graph, kept, size)}."
 
 
 def _names(backends: Sequence[str]) -> str:
@@ -108,17 +152,13 @@ def _names(backends: Sequence[str]) -> str:
     return " and ".join(names)
 
 
-def _memory(
-    calls: Sequence[Call | Step], ran: Sequence[Step | Told], graph: bool, kept: int | None, size: int
-) -> str:
+def _memory(calls: Sequence[Step], graph: bool, kept: int | None, size: int) -> str:
     if kept is None:
         return "what is kept for backward was not measured, since no tensor was returned"
     if not graph:
         return "no gradient is recorded, so nothing is kept for backward"
-    aside = any(one.backend == "" or (one.backend == "eager" and one.whole) for one in ran) or any(
-        isinstance(call, Call) and call.notes for call in calls
-    )
-    sums = sum(one.kept for one in ran if isinstance(one, Told))
+    aside = any(one.whole or not one.backend or (isinstance(one, Told) and one.notes) for one in calls)
+    sums = sum(one.kept for one in calls if isinstance(one, Told))
     if not aside and kept <= sums + max(FEW_BYTES, size // 10):
         return "nothing of the logits' size is kept for backward"
     times = f" ({kept / size:.1f} times the logits)" if size else ""

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import checks, deferred, hints
-from .backends import eager
-from .spec import BAD, Activation, SumsSpec
+from . import checks, hints
+from .labels import check_labels, out_of_range
+from .spec import Activation
 from .tensors import dense_tensor, readable
 
 OtherAct = Callable[[Tensor], Tensor] | None
@@ -28,6 +28,7 @@ class Inputs:
     Attributes:
         raw_logits: before ``other_act``, for a voxel term.
         skipped: 1 if the background has no overlap term, else 0.
+        without_background: the background was not asked for, of one channel too.
         product_mask: the mask multiplies p and g (MONAI's ignored class of a dense target).
         dtype: of an overlap loss by torch's promotion rules.
     """
@@ -39,6 +40,7 @@ class Inputs:
     dense: bool
     activation: Activation
     skipped: int
+    without_background: bool
     ignore_index: int | None
     product_mask: bool
     dtype: torch.dtype
@@ -91,17 +93,10 @@ def dense_labels(target: Tensor, logits: Tensor, ignore_index: int | None) -> Te
         return target
     labels, logits = kernel_dtype(plain(target)), plain(logits)
     _check_target(logits, labels, False, AssertionError)
-    spec = SumsSpec(
-        dense=False, activation=Activation.NONE, rows=BAD, ignore_index=checks.index(ignore_index)
-    )
     labels = labels.reshape(logits.shape[0], 1, *logits.shape[2:])
-    ignored = eager.ignored_labels(labels, spec)
-    bad = ((labels.long() < 0) | (labels.long() >= classes)) & ~ignored
+    bad = out_of_range(labels, classes, index := checks.index(ignore_index))
     if readable(labels):
-        if deferred.reads_at_once(labels.device):
-            eager.check_labels(bad.flatten(1).sum(1, keepdim=True), labels, None, classes, spec)
-        else:
-            deferred.count_later(bad, labels, classes)
+        check_labels(bad.flatten(1).sum(1), labels, None, classes, index)
     channels = torch.arange(classes, device=labels.device).view(-1, *[1] * (labels.ndim - 2))
     return (labels.long() == channels).float().masked_fill(bad, float("nan"))
 
@@ -117,16 +112,14 @@ def prepare(
     logits: Tensor,
     target: Tensor,
     mask: Tensor | None,
+    activations: tuple[bool, bool, OtherAct],
     include_background: bool,
     to_onehot_y: bool,
-    sigmoid: bool,
-    softmax: bool,
-    other_act: OtherAct,
     ignore_index: int | None,
     mismatch: type[Exception] = AssertionError,
     signed_mask: bool = False,
 ) -> Inputs:
-    """Checks the data and applies the options.
+    """Checks the data and applies the options; ``activations``: sigmoid, softmax, other_act.
 
     Raises:
         TypeError, ValueError: not tensors, different devices, a mask of another shape or (unless
@@ -135,6 +128,7 @@ def prepare(
         AssertionError: labels without a channel of their own.
         NotImplementedError: softmax of integers (torch's type).
     """
+    sigmoid, softmax, other_act = activations
     checks.activation_options(sigmoid, softmax, other_act)
     checks.tensors(logits, target, mask)
     ignore_index = checks.index(ignore_index)
@@ -207,6 +201,7 @@ def prepare(
         dense,
         activation,
         skipped,
+        not include_background,
         ignore_index,
         product_mask,
         promoted,

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import deferred, dispatch
+from . import dispatch
 from .backends import eager
-from .evaluate import record_step
-from .spec import BAD, Activation, SumsSpec
+from .call import record_step
 from .tensors import traced
 
 # Called with the pieces (B, C, v), (B or 1, K, v), ...; None stays None.
@@ -82,11 +81,7 @@ def record_streamed(
     """
     if torch.compiler.is_compiling():
         return
-    forced = dispatch.forced_backend()
-    if forced not in (None, "eager"):
-        raise RuntimeError(
-            f"backend {forced!r} was forced, but no kernel has the sums of {name}; force 'eager' or none"
-        )
+    dispatch.refuse_forced(f"no kernel has the sums of {name}", "force 'eager' or none")
     reason = _whole_reason(others, closed_over)
     if reason:
         record_step(f"backend: eager ({name} on the whole volume at once: {reason})", "eager", reason, True)
@@ -98,29 +93,6 @@ def record_streamed(
         "eager",
         f"{name} has no kernel",
     )
-
-
-def check_labels(
-    bad: Tensor, labels: Tensor, mask: Tensor | None, classes: int, ignore_index: int | None
-) -> None:
-    """Raises LabelRangeError if ``bad``, a count for each sample, is not zero.
-
-    As the rest of the package: at once on the CPU and elsewhere with DICEKERNELS_CHECK=1, else in a later
-    call (deferred.py); and not in a trace.
-    """
-    if traced():
-        return
-    if deferred.reads_at_once(labels.device):
-        # (B, 1) of a row: the shape that the check of the eager backend reads.
-        eager.check_labels(bad.detach()[:, None], labels, mask, classes, label_spec(ignore_index))
-    else:
-        deferred.raise_earlier(labels.device)
-        deferred.count_later(bad.detach(), labels, classes)
-
-
-def label_spec(ignore_index: int | None) -> SumsSpec:
-    """What the helpers of the eager backend read of a label map."""
-    return SumsSpec(dense=False, activation=Activation.NONE, rows=BAD, ignore_index=ignore_index)
 
 
 def _whole_reason(others: Sequence[Tensor | None], closed_over: Sequence[Tensor]) -> str:

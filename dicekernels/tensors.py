@@ -82,3 +82,23 @@ def as_tensor(name: str, value: Any, expected: str, device: torch.device | str |
         return torch.as_tensor(value, device=device)
     except (TypeError, RuntimeError, ValueError) as error:
         raise type(error)(f"{name}: got {value!r:.80}, expected {expected}") from None
+
+
+def flat_stride(tensor: Tensor, spatial_from: int) -> int | None:
+    """Stride of the space (dimensions ``spatial_from`` and on) seen as one dimension; None: it is not one."""
+    expected, stride = None, 1
+    sizes, strides = tensor.shape, tensor.stride()
+    for dim in range(tensor.ndim - 1, spatial_from - 1, -1):
+        if sizes[dim] == 1:
+            continue
+        if expected is None:
+            stride = strides[dim]
+        elif strides[dim] != expected:
+            return None
+        expected = strides[dim] * sizes[dim]
+    return stride
+
+
+def is_flat(tensor: Tensor, spatial_from: int) -> bool:
+    """Whether the space has one voxel stride: all but some views, a spatial crop for one."""
+    return tensor.is_contiguous() or flat_stride(tensor, spatial_from) is not None

@@ -122,46 +122,4 @@ inline View view_of(const Tensor& tensor, int64_t spatial_from, const char* name
   return view;
 }
 
-// A call of one of the two passes, checked but for the device of the logits.
-struct Inputs {
-  Problem problem;
-  Tensor logits, target, mask;  // what the views point into
-};
-
-inline Inputs inputs_of(const Tensor& logits, const Tensor& target,
-                        const std::optional<Tensor>& mask, bool dense, int64_t activation,
-                        int64_t overlap, int64_t voxel_term, int64_t rows,
-                        const std::optional<int64_t>& ignore_index, bool product_mask,
-                        double focal_gamma, int64_t first_class) {
-  check_device(target, "target", logits.device());
-  check_device(mask, "mask", logits.device());
-  Inputs in;
-  Problem& p = in.problem;
-  p.batch = logits.size(0);
-  p.classes = logits.size(1);
-  p.voxels = 1;
-  for (int64_t d = 2; d < logits.dim(); ++d) p.voxels *= logits.size(d);
-  const int64_t values = p.batch * p.voxels * (dense ? p.classes : 1);
-  STD_TORCH_CHECK(p.classes > 0, "logits: got no classes, expected (B, C, *S) with C >= 1");
-  STD_TORCH_CHECK(target.numel() == values, "target: got ", target.numel(), " values, expected ",
-                  values);
-  STD_TORCH_CHECK(!mask || mask->numel() == p.batch * p.voxels, "mask: got ",
-                  mask ? mask->numel() : 0, " values, expected ", p.batch * p.voxels);
-  p.logits = view_of(logits, 2, "logits", &in.logits);
-  const bool labels_without_channel = !dense && target.dim() == logits.dim() - 1;
-  p.target = view_of(target, labels_without_channel ? 1 : 2, "target", &in.target);
-  if (mask) p.mask = view_of(*mask, 2, "mask", &in.mask);
-  p.dense = dense;
-  p.product_mask = product_mask;
-  p.has_ignore = ignore_index.has_value();
-  p.ignore_index = ignore_index.value_or(0);
-  p.activation = static_cast<Activation>(activation);
-  p.overlap = static_cast<Overlap>(overlap);
-  p.voxel_term = static_cast<VoxelTerm>(voxel_term);
-  p.rows = rows;
-  p.focal_gamma = focal_gamma;
-  p.first_class = first_class;
-  return in;
-}
-
 }  // namespace dicekernels

@@ -3,7 +3,6 @@
 // block of a GPU: whoever evaluates is a team (OneThread below, cuda/finish.cu).
 #pragma once
 #include <cmath>
-#include <cstdint>
 
 #include "problem.h"
 
@@ -23,20 +22,7 @@ enum class Reduction : int64_t { none = 0, mean = 1, sum = 2 };
 enum class Denominator : int64_t { one = 0, voxels = 1, weights = 2, elements = 3, samples = 4 };
 
 struct FinishSpec {
-  int64_t rows;
-  Formula formula;
-  double kappa, alpha, beta;  // score = (kappa I + nr) / (kappa I + alpha FP + beta FN + dr)
-  double smooth_nr, smooth_dr;
-  Transform transform;  // 1 - score, -log(score) or (1 - score)^exponent
-  double exponent;
-  GdlWeight gdl_weight;
-  int64_t skipped;  // leading classes without overlap term: 1 without background, else 0
-  bool batch;       // sums over the batch before the ratio
-  Reduction reduction;
-  double label_smoothing;
-  Denominator denominator;  // of the voxel term
-  int64_t voxel_skipped;    // leading classes with weight 0 in the voxel term
-  bool empty;               // no sample or no voxel
+  DK_FINISH_NUMBERS(DK_FIELD)
 
   DK_INLINE int64_t groups(int64_t samples) const { return batch ? 1 : samples; }
   DK_INLINE int64_t outputs(int64_t classes) const {

@@ -1,6 +1,6 @@
 // What every kernel of every backend is told about its problem. Plain data, no torch headers.
 #pragma once
-#include <cstdint>
+#include "arguments.h"
 
 #if defined(__CUDACC__)
 #define DK_INLINE __host__ __device__ __forceinline__
@@ -58,21 +58,23 @@ struct View {
   int64_t batch = 0, channel = 0, voxel = 0;
 };
 
-struct Problem {
+struct SumsSpec {
+  DK_SUMS_NUMBERS(DK_FIELD)
+};
+
+struct Problem : SumsSpec {
   int64_t batch, classes, voxels;
-  View logits;        // (B, C, V)
-  View target;        // (B, C, V) if dense, else labels (B, V)
-  View mask;          // (B, V) voxel weights; data == nullptr: all ones
-  bool dense;         // the target holds values per class, not labels
-  bool product_mask;  // p*m and g*m before the products, instead of sums linear in m
-  bool has_ignore;    // labels equal to ignore_index get weight zero
-  int64_t ignore_index;
-  Activation activation;  // of the overlap rows
-  Overlap overlap;
-  VoxelTerm voxel_term;  // of the POS, NEG and LS rows, always from the raw logits
-  int64_t rows;          // bit mask of Row
-  double focal_gamma;
-  int64_t first_class;  // focal_softmax: the softmax runs over the classes from here on
+  View logits;  // (B, C, V)
+  View target;  // (B, C, V) if dense, else labels (B, V)
+  View mask;    // (B, V) voxel weights; data == nullptr: all ones
+};
+
+// dLoss of the incoming gradient: what the slopes of output (sample, class) are multiplied by.
+struct Grad {
+  const void* data = nullptr;  // null: 1
+  DType dtype = DType::f32;
+  int64_t batch = 0, output = 0;  // strides in elements, 0 where it is broadcast
+  int64_t skipped = 0;            // leading classes without an output of their own
 };
 
 // Labels outside [0, C) that are not ignore_index.

@@ -158,9 +158,9 @@ inline int64_t read_labels(const Problem& problem, int64_t sample, int64_t first
     using W = std::conditional_t<(sizeof(S) < 4 && std::is_integral_v<S>), int32_t, int64_t>;
     const S* source = static_cast<const S*>(view.data) + sample * view.batch + first * view.voxel;
     const W classes = static_cast<W>(problem.classes);
-    const W ignore = static_cast<W>(problem.ignore_index);
+    const W ignore = static_cast<W>(problem.ignore_index.value_or(0));
     // An index that the narrow type cannot hold is no label of it.
-    const bool has_ignore = problem.has_ignore && ignore == problem.ignore_index;
+    const bool has_ignore = problem.ignore_index == ignore;
     // Float labels are truncated, but compared with ignore_index as they are: 0.7 is not 0.
     const auto ignored = [&](auto value) {
       if constexpr (std::is_same_v<W, int32_t>)

@@ -53,7 +53,7 @@ struct Label {
 // An integer label as read, in any width.
 template <class I>
 __device__ __forceinline__ Label checked_label(const Problem& p, I y) {
-  const bool ignored = p.has_ignore && static_cast<int64_t>(y) == p.ignore_index;
+  const bool ignored = p.ignore_index == static_cast<int64_t>(y);
   const bool inside = y >= 0 && static_cast<int64_t>(y) < p.classes;
   return {inside && !ignored ? static_cast<int>(y) : -1, !inside && !ignored};
 }
@@ -61,7 +61,7 @@ __device__ __forceinline__ Label checked_label(const Problem& p, I y) {
 // Float labels are truncated as MONAI's labels.long(), but only numbers that have such a value, and
 // compared with ignore_index as they are: 0.7 is not 0.
 __device__ __forceinline__ Label checked_label(const Problem& p, double y) {
-  if (p.has_ignore && y == static_cast<double>(p.ignore_index)) return {-1, false};
+  if (p.ignore_index && y == static_cast<double>(*p.ignore_index)) return {-1, false};
   const bool inside = y > -1 && y < static_cast<double>(p.classes);
   return {inside ? static_cast<int>(y) : -1, !inside};
 }

@@ -181,8 +181,9 @@ inline bool plan_fast(const Problem& p, const View* gradient, FastPlan* plan) {
   *plan = plan_classes(p.classes, p.voxel_term == VoxelTerm::focal_sigmoid, bytes, last);
   if (plan->held == 0) return false;
   plan->total = static_cast<int>(p.classes);
+  const int64_t ignored = p.ignore_index.value_or(-1);
   plan->direct = p.target.dtype == DType::u8 && p.target.voxel == 1 && p.mask.data == nullptr &&
-                 !(p.has_ignore && p.ignore_index >= 0 && p.ignore_index < p.classes);
+                 !(ignored >= 0 && ignored < p.classes);
   plan->wide = last || (aligned(p.logits, bytes, 16) && aligned(out, bytes, 16) &&
                         (!plan->direct || aligned(p.target, 1, 16 / bytes)));
   const auto fits = [](int64_t stride) {

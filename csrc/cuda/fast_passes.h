@@ -1,21 +1,23 @@
-// The fast passes for the host, one function a dtype of the logits.
+// The fast passes for the host, for each dtype of the logits.
 #pragma once
+#include "convert.h"
 #include "fast.h"
 #include "launch.h"
 
 namespace dicekernels {
 namespace cuda {
 
-void fast_sums_f32(const Problem&, const FastPlan&, double* slots, Stream);
-void fast_sums_f16(const Problem&, const FastPlan&, double* slots, Stream);
-void fast_sums_bf16(const Problem&, const FastPlan&, double* slots, Stream);
+#define DK_DECLARE(element, type)                                                             \
+  namespace element {                                                                         \
+  using Element = type;                                                                       \
+  void launch_fast_sums(const Problem&, const FastPlan&, double* slots, Stream);              \
+  void launch_fast_backward(const Problem&, const FastPlan&, const double* coef, const Grad&, \
+                            const View& gradient, Stream);                                    \
+  }
 
-void fast_backward_f32(const Problem&, const FastPlan&, const double* coef, const Grad&,
-                       const View& gradient, Stream);
-void fast_backward_f16(const Problem&, const FastPlan&, const double* coef, const Grad&,
-                       const View& gradient, Stream);
-void fast_backward_bf16(const Problem&, const FastPlan&, const double* coef, const Grad&,
-                        const View& gradient, Stream);
+DK_DECLARE(f32, float)
+DK_DECLARE(f16, Half)
+DK_DECLARE(bf16, Bfloat16)
 
 }  // namespace cuda
 }  // namespace dicekernels

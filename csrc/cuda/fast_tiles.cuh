@@ -261,8 +261,7 @@ struct SpecialTile : FastTile<S, Held, Split, Surely, kSpecialVoxels, 32> {
     counts = label < this->plan.total;
     w[0] = !counts ? 0 : run.weights != nullptr ? run.weights[this->at] : 1;
     this->y[0] = (counts ? label : this->plan.total) - this->first_class;
-    return this->exists(0) && !counts && this->plan.direct &&
-           !(problem.has_ignore && label == problem.ignore_index);
+    return this->exists(0) && !counts && this->plan.direct && problem.ignore_index != label;
   }
 
   __device__ bool owns(int j) const { return this->owns_label(j); }

@@ -1,5 +1,5 @@
 // Forward for every problem: dense targets, all activations, overlap kinds, voxel terms, masks and
-// layouts, float64. What people train with most has a kernel of its own (row_sums.cuh).
+// layouts, float64. What people train with most has kernels of its own (fast_sums.cuh).
 #pragma once
 #include "tile.cuh"
 

@@ -22,9 +22,9 @@ void launch_sums(const Problem& problem, double* slots, Stream stream) {
   if (problem.batch == 0) return;
   FastPlan plan;
   if (plan_fast(problem, nullptr, &plan)) {
-    const auto launch = problem.logits.dtype == DType::f32   ? fast_sums_f32
-                        : problem.logits.dtype == DType::f16 ? fast_sums_f16
-                                                             : fast_sums_bf16;
+    const auto launch = problem.logits.dtype == DType::f32   ? f32::launch_fast_sums
+                        : problem.logits.dtype == DType::f16 ? f16::launch_fast_sums
+                                                             : bf16::launch_fast_sums;
     launch(problem, plan, slots, stream);
   } else if (problem.logits.dtype == DType::f64) {
     launch_general<double>(problem, slots, stream);

@@ -24,9 +24,9 @@ void launch_sums_backward(const Problem& problem, const double* coef, const Grad
   if (problem.batch == 0 || problem.voxels == 0) return;
   FastPlan plan;
   if (plan_fast(problem, &gradient, &plan)) {
-    const auto launch = problem.logits.dtype == DType::f32   ? fast_backward_f32
-                        : problem.logits.dtype == DType::f16 ? fast_backward_f16
-                                                             : fast_backward_bf16;
+    const auto launch = problem.logits.dtype == DType::f32   ? f32::launch_fast_backward
+                        : problem.logits.dtype == DType::f16 ? f16::launch_fast_backward
+                                                             : bf16::launch_fast_backward;
     launch(problem, plan, coef, grad, gradient, stream);
   } else if (problem.logits.dtype == DType::f64) {
     launch_general<double>(problem, coef, grad, gradient, stream);

@@ -18,11 +18,11 @@ call, and the loss is NaN with zero gradient (docs/backends.md, "Labels out of r
 
 from __future__ import annotations
 
-from ..sums import RegionSums, region_sums
 from .compound import dice_ce_loss, dice_focal_loss, generalized_dice_focal_loss
 from .focal import focal_loss
 from .masked import masked_dice_loss
 from .overlap import dice_loss, generalized_dice_loss, mcc_loss, tversky_loss
+from .regions import RegionSums, region_sums
 from .unified_focal import asymmetric_unified_focal_loss
 from .wasserstein import generalized_wasserstein_dice_loss
 

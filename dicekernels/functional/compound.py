@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .. import checks, reference
+from .. import checks, reference, terms
 from ..arguments import documented
-from ..evaluate import Call
-from ..prepare import Inputs, OtherAct, like_input, prepare, warn_single_channel
-from ..spec import Denominator, LossSpec
-from ..terms import ce_term, dice_finish, focal_term, generalized_finish, overlap_call, overlap_of
-from .dense import ignores_fractions, or_dense
-from .focal import Alpha, focal_dense_reason, focal_factors, focal_loss, void_alpha, warn_constant
+from ..call import Call
+from ..prepare import OtherAct, prepare, warn_single_channel
+from ..terms import Alpha
+from .focal import focal_dense_reason, focal_loss
+from .loss import ignores_fractions, loss
 from .overlap import dice_loss, generalized_dice_loss
 
 
 @documented()
-@or_dense(reference.dice_ce_loss)
+@loss(reference.dice_ce_loss)
 def dice_ce_loss(
     logits: Tensor,
     target: Tensor,
@@ -45,7 +45,7 @@ def dice_ce_loss(
     ce_include_background: bool = True,
     mask: Tensor | None = None,
     dice_weight: checks.Weight | Literal["weight"] = "weight",
-) -> Tensor:
+) -> Call | list[Call]:
     """lambda_dice x Dice loss + lambda_ce x cross entropy (BCE for one channel), from one pass.
 
     As ``monai.losses.DiceCELoss``, with the options from ``ignore_index`` on. The value is the sum of the two
@@ -93,61 +93,31 @@ def dice_ce_loss(
     reduction = checks.option("reduction", reduction, ("mean", "sum"))
     checks.tensors(logits, target, mask)
     checks.dice_ce_shapes(logits, target)
-    inputs = prepare(
-        logits,
-        target,
-        mask,
-        include_background,
-        to_onehot_y,
-        sigmoid,
-        softmax,
-        other_act,
-        ignore_index,
-    )
+    act = (sigmoid, softmax, other_act)
+    inputs = prepare(logits, target, mask, act, include_background, to_onehot_y, ignore_index)
     voxel_weight = checks.as_weight(weight, device=logits.device)
     if isinstance(dice_weight, str):
         checks.option("dice_weight", dice_weight, ("weight",))
         dice_weight = voxel_weight
-        if voxel_weight is not None and voxel_weight.ndim > 0:
+        if voxel_weight is not None and voxel_weight.ndim > 0 and inputs.skipped:
             dice_weight = voxel_weight[inputs.skipped :]
-    class_weight = checks.class_weight(
-        checks.as_weight(dice_weight, "dice_weight", logits.device),
-        inputs.classes,
-        inputs.skipped,
-        voxel_weight,
-    )
+    dice_weight = checks.as_weight(dice_weight, "dice_weight", logits.device)
+    class_weight = checks.class_weight(dice_weight, inputs.classes, inputs.skipped, voxel_weight)
     voxel_weight = checks.ce_weight(voxel_weight, logits.shape[1])
-    term = ce_term(inputs, reduction, voxel_weight is not None, label_smoothing, ce_include_background)
-    finish = dataclasses.replace(
-        dice_finish(inputs, jaccard, smooth_nr, smooth_dr, batch, reduction),
-        label_smoothing=term.finish.label_smoothing,
-        denominator=term.finish.denominator,
-        voxel_skipped=term.finish.voxel_skipped,
-    )
-    call = overlap_call(inputs, overlap_of(squared_pred, soft_label), finish)
-    call.class_weight = class_weight
-    call.region_lambda = checks.factor("lambda_dice", lambda_dice, logits)
+    voxel = terms.cross_entropy(inputs, reduction, voxel_weight, label_smoothing, ce_include_background)
+    overlap = terms.dice(inputs, squared_pred, jaccard, smooth_nr, smooth_dr, batch, class_weight, soft_label)
+    region_lambda = checks.factor("lambda_dice", lambda_dice, logits)
     voxel_lambda = checks.factor("lambda_ce", lambda_ce, logits)
-    call.dtype = torch.promote_types(call.dtype, inputs.raw_logits.dtype)
-    if inputs.dense and voxel_weight is not None and logits.shape[1] > 1:
-        call.dtype = torch.promote_types(call.dtype, voxel_weight.dtype)  # as torch's product with it
     if other_act is None:
-        sums = dataclasses.replace(
-            call.spec.sums,
-            rows=call.spec.sums.rows | term.sums.rows,
-            voxel_term=term.sums.voxel_term,
-        )
-        call.spec = LossSpec(sums, finish)
-        call.pos_weight, call.voxel_lambda = voxel_weight, voxel_lambda
-        return like_input(call.run(), logits, target)
+        return terms.call_of(inputs, [overlap, voxel], reduction, region_lambda, voxel_lambda)
     # The cross entropy wants the raw logits, the overlap what other_act made of them: two passes.
-    voxel = Call(inputs.raw_logits, inputs.target, inputs.mask, term, call.dtype)
-    voxel.pos_weight, voxel.voxel_lambda = voxel_weight, voxel_lambda
-    call.spec = LossSpec(
-        call.spec.sums,
-        dataclasses.replace(finish, label_smoothing=0.0, denominator=Denominator.ONE),
-    )
-    return like_input(call.run() + voxel.run(), logits, target)
+    dtype = torch.promote_types(overlap.dtype, voxel.dtype)
+    overlap, voxel = overlap._replace(dtype=dtype), voxel._replace(dtype=dtype)
+    raw = dataclasses.replace(inputs, logits=inputs.raw_logits, notes=())
+    return [
+        terms.call_of(inputs, [overlap], reduction, region_lambda),
+        terms.call_of(raw, [voxel], reduction, None, voxel_lambda),
+    ]
 
 
 def _two_passes(logits: Tensor, target: Tensor, other_act: OtherAct, options: dict[str, Any]) -> bool:
@@ -178,43 +148,24 @@ def _added(overlap: Tensor, voxel: Tensor) -> Tensor:
     return overlap.to(dtype) + voxel.to(dtype)
 
 
-def _with_focal(
-    overlap: Call,
-    inputs: Inputs,
-    reduction: str,
-    gamma: float,
-    alpha: Alpha,
-    weight: checks.Weight,
-    use_softmax: bool,
-    by_voxels: bool,
-    softmax_over_all: bool,
-) -> Call:
-    """The focal half added to the pass of the overlap half."""
-    warn_constant(inputs.logits.shape[1], inputs.skipped, use_softmax, softmax_over_all)
-    if void_alpha(alpha, not inputs.skipped, use_softmax):
-        alpha = None
-    term = focal_term(inputs, reduction, gamma, use_softmax, by_voxels, softmax_over_all)
-    sums = dataclasses.replace(
-        overlap.spec.sums,
-        rows=overlap.spec.sums.rows | term.sums.rows,
-        voxel_term=term.sums.voxel_term,
-        focal_gamma=term.sums.focal_gamma,
-        first_class=term.sums.first_class,
-    )
-    finish = dataclasses.replace(
-        overlap.spec.finish, denominator=term.finish.denominator, voxel_skipped=term.finish.voxel_skipped
-    )
-    overlap.spec = LossSpec(sums, finish)
-    device = inputs.logits.device
-    balance = checks.focal_alpha(alpha, inputs.classes, inputs.skipped, device)
-    weight = checks.as_weight(weight, device=device)
-    factor = checks.focal_weight(weight, inputs.classes, inputs.skipped)
-    overlap.pos_weight, overlap.neg_weight = focal_factors(balance, factor, inputs, use_softmax)
-    overlap.dtype = torch.promote_types(overlap.dtype, torch.float32)  # MONAI's focal half is float32
-    return overlap
+def _apart(
+    overlap_loss: Callable[..., Tensor],
+    logits: Tensor,
+    target: Tensor,
+    overlap: dict[str, Any],
+    focal: dict[str, Any],
+    both: dict[str, Any],
+    region_lambda: Tensor | None,
+    voxel_lambda: Tensor | None,
+) -> Tensor:
+    """The sum of an overlap loss and a focal loss with options of their own and of both."""
+    region = overlap_loss(_unrounded(logits, both["reduction"]), target, **overlap, **both)
+    voxel = focal_loss(logits, target, **focal, **both)
+    return _added(_scaled(region_lambda, region), _scaled(voxel_lambda, voxel))
 
 
 @documented(like=dice_ce_loss)
+@loss()
 def dice_focal_loss(
     logits: Tensor,
     target: Tensor,
@@ -242,7 +193,7 @@ def dice_focal_loss(
     softmax_over_all: bool = True,
     mask: Tensor | None = None,
     dice_weight: checks.Weight | Literal["weight"] = "weight",
-) -> Tensor:
+) -> Call | Tensor:
     """lambda_dice x Dice loss + lambda_focal x focal loss, from one pass.
 
     As ``monai.losses.DiceFocalLoss``, with ``use_softmax`` and the options after it. The value is the sum of
@@ -273,66 +224,52 @@ def dice_focal_loss(
     if isinstance(dice_weight, str):
         checks.option("dice_weight", dice_weight, ("weight",))
         dice_weight = weight
+    act = (sigmoid, softmax, other_act)
     focal: dict[str, Any] = {
+        "gamma": gamma,
+        "alpha": alpha,
+        "weight": weight,
+        "use_softmax": use_softmax,
+        "mean_over_classes": mean_over_classes,
+        "softmax_over_all": softmax_over_all,
+    }
+    both: dict[str, Any] = {
         "include_background": include_background,
         "to_onehot_y": to_onehot_y,
         "reduction": reduction,
         "ignore_index": ignore_index,
         "mask": mask,
     }
-    balance: dict[str, Any] = {
-        "alpha": alpha,
-        "use_softmax": use_softmax,
-        "mean_over_classes": mean_over_classes,
-        "softmax_over_all": softmax_over_all,
-    }
-    if _two_passes(logits, target, other_act, focal | balance):
+    if _two_passes(logits, target, other_act, focal | both):
         if to_onehot_y and logits.shape[1] == 1:
             warn_single_channel("to_onehot_y=True")
-            focal["to_onehot_y"] = False
-        dice = dice_loss(
-            _unrounded(logits, reduction),
-            target,
-            sigmoid=sigmoid,
-            softmax=softmax,
-            other_act=other_act,
-            squared_pred=squared_pred,
-            jaccard=jaccard,
-            smooth_nr=smooth_nr,
-            smooth_dr=smooth_dr,
-            batch=batch,
-            weight=dice_weight,
-            soft_label=soft_label,
-            **focal,
-        )
-        voxel = focal_loss(logits, target, gamma=gamma, weight=weight, **focal, **balance)
-        return _added(_scaled(region_lambda, dice), _scaled(voxel_lambda, voxel))
-    inputs = prepare(
-        logits,
-        target,
-        mask,
-        include_background,
-        to_onehot_y,
-        sigmoid,
-        softmax,
-        other_act,
-        ignore_index,
-    )
+            both["to_onehot_y"] = False
+        dice: dict[str, Any] = {
+            "sigmoid": sigmoid,
+            "softmax": softmax,
+            "other_act": other_act,
+            "squared_pred": squared_pred,
+            "jaccard": jaccard,
+            "smooth_nr": smooth_nr,
+            "smooth_dr": smooth_dr,
+            "batch": batch,
+            "weight": dice_weight,
+            "soft_label": soft_label,
+        }
+        return _apart(dice_loss, logits, target, dice, focal, both, region_lambda, voxel_lambda)
+    inputs = prepare(logits, target, mask, act, include_background, to_onehot_y, ignore_index)
     if not include_background and logits.shape[1] == 1:
         warn_single_channel("include_background=False")  # MONAI's halves both warn
-    finish = dice_finish(inputs, jaccard, smooth_nr, smooth_dr, batch, reduction)
-    call = overlap_call(inputs, overlap_of(squared_pred, soft_label), finish)
     dice_weight = checks.as_weight(dice_weight, device=logits.device)
-    call.class_weight = checks.class_weight(dice_weight, inputs.classes, inputs.skipped)
-    by_voxels = ignore_index is not None and not mean_over_classes
-    call = _with_focal(
-        call, inputs, reduction, gamma, alpha, weight, use_softmax, by_voxels, softmax_over_all
-    )
-    call.region_lambda, call.voxel_lambda = region_lambda, voxel_lambda
-    return like_input(call.run(), logits, target)
+    class_weight = checks.class_weight(dice_weight, inputs.classes, inputs.skipped)
+    overlap = terms.dice(inputs, squared_pred, jaccard, smooth_nr, smooth_dr, batch, class_weight, soft_label)
+    over_classes = ignore_index is None or mean_over_classes
+    voxel = terms.focal(inputs, reduction, gamma, alpha, weight, use_softmax, over_classes, softmax_over_all)
+    return terms.call_of(inputs, [overlap, voxel], reduction, region_lambda, voxel_lambda)
 
 
 @documented(like=dice_focal_loss)
+@loss()
 def generalized_dice_focal_loss(
     logits: Tensor,
     target: Tensor,
@@ -358,7 +295,7 @@ def generalized_dice_focal_loss(
     mean_over_classes: bool = True,
     softmax_over_all: bool = True,
     mask: Tensor | None = None,
-) -> Tensor:
+) -> Call | Tensor:
     """lambda_gdl x generalized Dice loss + lambda_focal x focal loss, from one pass.
 
     As ``monai.losses.GeneralizedDiceFocalLoss``, with ``alpha`` and the options after it. The value is the
@@ -383,56 +320,41 @@ def generalized_dice_focal_loss(
     checks.dice_ce_shapes(logits, target)
     region_lambda = checks.factor("lambda_gdl", lambda_gdl, logits)
     voxel_lambda = checks.factor("lambda_focal", lambda_focal, logits)
+    act = (sigmoid, softmax, other_act)
     focal: dict[str, Any] = {
+        "gamma": gamma,
+        "alpha": alpha,
+        "weight": weight,
+        "use_softmax": use_softmax,
+        "mean_over_classes": mean_over_classes,
+        "softmax_over_all": softmax_over_all,
+    }
+    both: dict[str, Any] = {
         "include_background": include_background,
         "to_onehot_y": to_onehot_y,
         "reduction": reduction,
         "ignore_index": ignore_index,
         "mask": mask,
     }
-    balance: dict[str, Any] = {
-        "alpha": alpha,
-        "use_softmax": use_softmax,
-        "mean_over_classes": mean_over_classes,
-        "softmax_over_all": softmax_over_all,
-    }
-    if _two_passes(logits, target, other_act, focal | balance):
-        gdl = generalized_dice_loss(
-            _unrounded(logits, reduction),
-            target,
-            sigmoid=sigmoid,
-            softmax=softmax,
-            other_act=other_act,
-            w_type=w_type,
-            smooth_nr=smooth_nr,
-            smooth_dr=smooth_dr,
-            batch=batch,
-            soft_label=soft_label,
-            **focal,
-        )
-        voxel = focal_loss(logits, target, gamma=gamma, weight=weight, **focal, **balance)
-        return _added(_scaled(region_lambda, gdl), _scaled(voxel_lambda, voxel))
-    inputs = prepare(
-        logits,
-        target,
-        mask,
-        include_background,
-        to_onehot_y,
-        sigmoid,
-        softmax,
-        other_act,
-        ignore_index,
-    )
+    if _two_passes(logits, target, other_act, focal | both):
+        gdl: dict[str, Any] = {
+            "sigmoid": sigmoid,
+            "softmax": softmax,
+            "other_act": other_act,
+            "w_type": w_type,
+            "smooth_nr": smooth_nr,
+            "smooth_dr": smooth_dr,
+            "batch": batch,
+            "soft_label": soft_label,
+        }
+        return _apart(generalized_dice_loss, logits, target, gdl, focal, both, region_lambda, voxel_lambda)
+    inputs = prepare(logits, target, mask, act, include_background, to_onehot_y, ignore_index)
     if logits.shape[1] == 1:  # MONAI's halves both warn
         if to_onehot_y:
             warn_single_channel("to_onehot_y=True")
         if not include_background:
             warn_single_channel("include_background=False")
-    finish = generalized_finish(inputs, w_type, smooth_nr, smooth_dr, batch, reduction)
-    call = overlap_call(inputs, overlap_of(False, soft_label), finish)
-    by_voxels = ignore_index is not None and not mean_over_classes
-    call = _with_focal(
-        call, inputs, reduction, gamma, alpha, weight, use_softmax, by_voxels, softmax_over_all
-    )
-    call.region_lambda, call.voxel_lambda = region_lambda, voxel_lambda
-    return like_input(call.run(), logits, target)
+    overlap = terms.generalized(inputs, w_type, smooth_nr, smooth_dr, batch, soft_label)
+    over_classes = ignore_index is None or mean_over_classes
+    voxel = terms.focal(inputs, reduction, gamma, alpha, weight, use_softmax, over_classes, softmax_over_all)
+    return terms.call_of(inputs, [overlap, voxel], reduction, region_lambda, voxel_lambda)

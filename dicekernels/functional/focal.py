@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .. import checks, reference
+from .. import checks, reference, terms
 from ..arguments import documented
-from ..evaluate import Call
-from ..prepare import Inputs, like_input, prepare
-from ..terms import focal_term
-from .dense import ignores_fractions, or_dense
-
-Alpha = float | Sequence[float] | Tensor | None
+from ..call import Call
+from ..prepare import prepare
+from ..terms import Alpha
+from .loss import ignores_fractions, loss
 
 
 def focal_dense_reason(logits: Tensor, target: Tensor, options: dict[str, Any]) -> str:
@@ -31,57 +27,8 @@ def focal_dense_reason(logits: Tensor, target: Tensor, options: dict[str, Any]) 
     return "an alpha of each class acts only where a soft target is 1, which no sum over the voxels tells"
 
 
-def focal_factors(
-    alpha: Tensor | float | None, weight: Tensor | None, inputs: Inputs, use_softmax: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """(C,) factors of the rows POS and NEG; None for 1. Those of a skipped background are never read."""
-    if alpha is None and weight is None:
-        return None, None
-    ones = torch.ones(inputs.classes, dtype=torch.float64, device=inputs.logits.device)
-    pos = neg = ones if weight is None else ones * weight.to(ones).reshape(-1)
-    if alpha is not None:
-        balance = alpha.to(ones) if isinstance(alpha, Tensor) else ones.new_full((), alpha)
-        if balance.ndim > 0:
-            pos = pos * balance
-        elif use_softmax:
-            background = torch.arange(inputs.classes, device=ones.device) == 0
-            pos = pos * torch.where(background, 1 - balance, balance)
-        else:
-            pos, neg = pos * balance, neg * (1 - balance)
-    skipped = ones.new_zeros(inputs.skipped)
-    return torch.cat([skipped, pos]), torch.cat([skipped, neg])
-
-
-def void_alpha(alpha: Alpha, include_background: bool, use_softmax: bool) -> bool:
-    """Whether MONAI ignores a scalar alpha, with a warning: without background it has nothing to balance."""
-    if not use_softmax or include_background or not isinstance(alpha, (float, int)):
-        return False
-    if not torch.compiler.is_compiling():
-        warnings.warn(
-            "`include_background=False`, scalar `alpha` ignored when using softmax.",
-            UserWarning,
-            stacklevel=4,
-        )
-    return True
-
-
-def warn_constant(channels: int, skipped: int, use_softmax: bool, softmax_over_all: bool) -> None:
-    """A warning about the softmax of a single class, which is 1 whatever the logits are."""
-    left = channels - (0 if softmax_over_all else skipped)
-    if use_softmax and left == 1 and not torch.compiler.is_compiling():
-        remedy = "use a sigmoid (use_softmax=False)"
-        if channels > 1:
-            remedy = "pass softmax_over_all=True, which leaves out the background's term alone, or " + remedy
-        warnings.warn(
-            f"use_softmax=True: got {channels} channels of logits and a softmax over one of them, so the "
-            f"focal term is 0 with zero gradient; {remedy}",
-            UserWarning,
-            stacklevel=4,
-        )
-
-
 @documented()
-@or_dense(reference.focal_loss, focal_dense_reason)
+@loss(reference.focal_loss, focal_dense_reason)
 def focal_loss(
     logits: Tensor,
     target: Tensor,
@@ -97,7 +44,7 @@ def focal_loss(
     mean_over_classes: bool = False,
     softmax_over_all: bool = False,
     mask: Tensor | None = None,
-) -> Tensor:
+) -> Call:
     """Focal loss (1 - p_t)^gamma (-log p_t) of each voxel and class (Lin et al., 2017).
 
     As ``monai.losses.FocalLoss``, with ``mean_over_classes``, ``softmax_over_all`` and ``mask``;
@@ -126,20 +73,8 @@ def focal_loss(
         LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (on a GPU in a later call).
     """
     checks.option("reduction", reduction, ("mean", "sum", "none"))
-    inputs = prepare(
-        logits,
-        target,
-        mask,
-        include_background,
-        to_onehot_y,
-        False,
-        False,
-        None,
-        ignore_index,
-        ValueError,
-    )
-    if void_alpha(alpha, include_background, use_softmax):
-        alpha = None
+    act = (False, False, None)
+    inputs = prepare(logits, target, mask, act, include_background, to_onehot_y, ignore_index, ValueError)
     dtype = torch.float32
     if inputs.mask is not None and ignores_fractions(
         logits, target, {"ignore_index": ignore_index, "to_onehot_y": to_onehot_y}
@@ -148,14 +83,8 @@ def focal_loss(
         # MONAI multiplies the logits by this mask: no matter for zeros and ones.
         inputs.logits, inputs.target = inputs.logits * inputs.mask, inputs.target * inputs.mask
         inputs.notes += ("logits and target are multiplied by the fractions of the ignored class",)
-    warn_constant(logits.shape[1], inputs.skipped, use_softmax, softmax_over_all)
-    balance = checks.focal_alpha(alpha, inputs.classes, inputs.skipped, logits.device)
-    by_voxels = ignore_index is not None and not mean_over_classes
-    spec = focal_term(
-        inputs, getattr(reduction, "value", reduction), gamma, use_softmax, by_voxels, softmax_over_all
+    over_classes = ignore_index is None or mean_over_classes
+    term = terms.focal(
+        inputs, reduction, gamma, alpha, weight, use_softmax, over_classes, softmax_over_all, dtype
     )
-    call = Call(inputs.logits, inputs.target, inputs.mask, spec, dtype, notes=inputs.notes)
-    weight = checks.as_weight(weight, device=logits.device)
-    factor = checks.focal_weight(weight, inputs.classes, inputs.skipped)
-    call.pos_weight, call.neg_weight = focal_factors(balance, factor, inputs, use_softmax)
-    return like_input(call.run(), logits, target)
+    return terms.call_of(inputs, [term], reduction)

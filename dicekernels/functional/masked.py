@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .. import checks, dispatch, reference
+from .. import checks, dispatch, reference, terms
 from ..arguments import documented
 from ..autograd import total_sums
-from ..evaluate import Call
+from ..call import Call
 from ..prepare import OtherAct, kernel_dtype, like_input, plain, prepare
-from ..spec import Activation, G, Overlap, Reduction, SumsSpec
-from ..terms import dice_finish, ones_shape, overlap_call, overlap_of, terms_shape
-from .dense import or_dense
+from ..spec import FN, Activation, G, Overlap, SumsSpec, row_index
+from .loss import loss
 from .overlap import dice_loss
 
 
@@ -79,7 +79,7 @@ def masked_dice_loss(
             warnings.warn("No mask value specified for the MaskedLoss.", UserWarning, stacklevel=3)
         return dice_loss(logits, target, **options)
     checks.tensors(logits, target, mask)
-    return _masked(logits, target, mask=_fitted(mask, logits, target), **options)
+    return like_input(_masked(logits, target, mask=_fitted(mask, logits, target), **options), mask)
 
 
 def _fitted(mask: Tensor, logits: Tensor, target: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def _fitted(mask: Tensor, logits: Tensor, target: Tensor) -> Tensor:
         ) from None
 
 
-@or_dense(reference.masked_dice_loss)
+@loss(reference.masked_dice_loss)
 def _masked(
     logits: Tensor,
     target: Tensor,
@@ -129,7 +129,7 @@ def _masked(
     batch: bool,
     weight: checks.Weight,
     soft_label: bool,
-) -> Tensor:
+) -> Call:
     labels = to_onehot_y and logits.shape[1] > 1
     raw_target, m = kernel_dtype(plain(target)), kernel_dtype(plain(mask))
     if labels:
@@ -139,23 +139,12 @@ def _masked(
             raw_target = channel * m
             if raw_target.is_floating_point():
                 raw_target.masked_fill_(m == 0, 0)  # NaN is no label, also not of a masked voxel
-    inputs = prepare(
-        logits,
-        raw_target,
-        m,
-        include_background,
-        to_onehot_y,
-        sigmoid,
-        softmax,
-        other_act,
-        None,
-        signed_mask=True,
-    )
+    act = (sigmoid, softmax, other_act)
+    inputs = prepare(logits, raw_target, m, act, include_background, to_onehot_y, None, signed_mask=True)
     if not labels:
         inputs.product_mask = True
     inputs.dtype = torch.promote_types(inputs.dtype, m.dtype)
-    finish = dice_finish(inputs, jaccard, smooth_nr, smooth_dr, batch, reduction)
-    overlap = overlap_of(squared_pred, soft_label)
+    overlap = terms.overlap_of(soft_label, squared_pred)
     if labels and (m.requires_grad or (overlap != Overlap.PRODUCT and m.dtype != torch.bool)):
         # Not linear in a fractional mask: p m is made, and read as it is.
         working = torch.promote_types(inputs.logits.dtype, torch.float32)
@@ -165,14 +154,14 @@ def _masked(
         inputs.notes += ("p times the mask is made in PyTorch and kept for backward",)
     if labels:
         inputs.notes += ("the label map times the mask is made once and kept for backward",)
-    call = overlap_call(inputs, overlap, finish)
     weight = checks.as_weight(weight, device=logits.device)
-    call.class_weight = checks.class_weight(weight, inputs.classes, inputs.skipped)
+    weight = checks.class_weight(weight, inputs.classes, inputs.skipped)
+    term = terms.dice(inputs, squared_pred, jaccard, smooth_nr, smooth_dr, batch, weight, soft_label)
+    call = terms.call_of(inputs, [term], reduction, trailing_ones=True)
     if labels and inputs.mask is not None:
-        call.missed = _missed(call)
-    if finish.reduction == Reduction.NONE:
-        call.shape = (*terms_shape(inputs, batch), *ones_shape(inputs))
-    return like_input(call.run(), logits, target, mask)
+        call.between = functools.partial(_with_missed, call)
+        call.aside = "one over the label map"
+    return call
 
 
 def _activated(logits: Tensor, activation: Activation) -> Tensor:
@@ -181,14 +170,14 @@ def _activated(logits: Tensor, activation: Activation) -> Tensor:
     return torch.sigmoid(logits) if activation == Activation.SIGMOID else logits
 
 
-def _missed(call: Call) -> Tensor:
-    """(B, C) sums of (1 - m) g for the one-hot g of the label map: what FN lacks when g is not masked."""
-    mask = call.mask
+def _with_missed(call: Call, totals: Tensor) -> Tensor:
+    """What FN lacks where g is not masked: the sums of (1 - m) g for the one-hot g of the label map."""
+    mask, rows = call.mask, call.spec.sums.rows
     assert mask is not None
     # g alone is summed: the logits are a single zero, seen with their shape.
     zero = call.logits.new_zeros(()).expand(call.logits.shape)
     working = torch.promote_types(torch.promote_types(mask.dtype, zero.dtype), torch.float32)
     rest = ~mask if mask.dtype == torch.bool else 1 - mask.detach().to(working)
     spec = SumsSpec(dense=False, activation=Activation.NONE, rows=G)
-    namespace = dispatch.choose(call.logits).namespace
-    return total_sums(zero, call.target, rest, spec, namespace)[..., 0]
+    missed = total_sums(zero, call.target, rest, spec, dispatch.choose(call.logits).namespace)
+    return totals + missed * (torch.arange(totals.shape[-1], device=totals.device) == row_index(rows, FN))

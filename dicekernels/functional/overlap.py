@@ -7,25 +7,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import checks, reference
+from .. import checks, reference, terms
 from ..arguments import documented
+from ..call import Call
 from ..finish import VolumeWeight
-from ..prepare import OtherAct, like_input, prepare
-from ..spec import FinishSpec, Formula, Overlap, Reduction, Transform
-from ..terms import (
-    dice_finish,
-    generalized_finish,
-    ones_shape,
-    overlap_call,
-    overlap_of,
-    reduction_of,
-    terms_shape,
-)
-from .dense import or_dense
+from ..prepare import OtherAct, prepare
+from ..spec import Formula, Transform
+from .loss import loss
 
 
 @documented()
-@or_dense(reference.dice_loss)
+@loss(reference.dice_loss)
 def dice_loss(
     logits: Tensor,
     target: Tensor,
@@ -46,7 +38,7 @@ def dice_loss(
     ignore_index: int | None = None,
     log_loss: bool = False,
     mask: Tensor | None = None,
-) -> Tensor:
+) -> Call:
     """Dice loss 1 - (2 I + nr) / (P + G + dr) of each (sample, class), or of each class with ``batch``.
 
     As ``monai.losses.DiceLoss`` (Milletari et al., 2016), with ``log_loss`` and ``mask``; docs/semantics.md.
@@ -64,29 +56,18 @@ def dice_loss(
         AssertionError: a target whose shape does not fit.
         LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (on a GPU in a later call).
     """
-    inputs = prepare(
-        logits,
-        target,
-        mask,
-        include_background,
-        to_onehot_y,
-        sigmoid,
-        softmax,
-        other_act,
-        ignore_index,
-    )
-    transform = Transform.LOG if log_loss else Transform.LINEAR
-    finish = dice_finish(inputs, jaccard, smooth_nr, smooth_dr, batch, reduction, transform)
-    call = overlap_call(inputs, overlap_of(squared_pred, soft_label), finish)
+    act = (sigmoid, softmax, other_act)
+    inputs = prepare(logits, target, mask, act, include_background, to_onehot_y, ignore_index)
     weight = checks.as_weight(weight, device=logits.device)
-    call.class_weight = checks.class_weight(weight, inputs.classes, inputs.skipped)
-    if finish.reduction == Reduction.NONE:
-        call.shape = (*terms_shape(inputs, batch), *ones_shape(inputs))
-    return like_input(call.run(), logits, target)
+    weight = checks.class_weight(weight, inputs.classes, inputs.skipped)
+    term = terms.dice(
+        inputs, squared_pred, jaccard, smooth_nr, smooth_dr, batch, weight, soft_label, log_loss
+    )
+    return terms.call_of(inputs, [term], reduction, trailing_ones=True)
 
 
 @documented()
-@or_dense(reference.generalized_dice_loss)
+@loss(reference.generalized_dice_loss)
 def generalized_dice_loss(
     logits: Tensor,
     target: Tensor,
@@ -105,7 +86,7 @@ def generalized_dice_loss(
     soft_label: bool = False,
     ignore_index: int | None = None,
     mask: Tensor | None = None,
-) -> Tensor:
+) -> Call:
     """Generalized Dice loss 1 - (2 sum_c w_c I_c + nr) / (sum_c w_c (P_c + G_c) + dr), w_c = 1/G_c^2.
 
     As ``monai.losses.GeneralizedDiceLoss`` (Sudre et al., 2017), with ``ignore_index`` and ``mask``;
@@ -134,28 +115,16 @@ def generalized_dice_loss(
         AssertionError: a target whose shape does not fit.
         LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (on a GPU in a later call).
     """
-    inputs = prepare(
-        logits,
-        target,
-        mask,
-        include_background,
-        to_onehot_y,
-        sigmoid,
-        softmax,
-        other_act,
-        ignore_index,
-    )
-    finish = generalized_finish(inputs, w_type, smooth_nr, smooth_dr, batch, reduction)
-    call = overlap_call(inputs, overlap_of(False, soft_label), finish)
-    call.dtype = torch.promote_types(call.dtype, torch.float32)  # MONAI's weights are float32
+    act = (sigmoid, softmax, other_act)
+    inputs = prepare(logits, target, mask, act, include_background, to_onehot_y, ignore_index)
+    term = terms.generalized(inputs, w_type, smooth_nr, smooth_dr, batch, soft_label)
+    call = terms.call_of(inputs, [term], reduction, trailing_ones=True)
     call.volume_weight = w_func
-    if finish.reduction == Reduction.NONE:
-        call.shape = (1, *ones_shape(inputs)) if batch else (logits.shape[0], 1, *ones_shape(inputs))
-    return like_input(call.run(), logits, target)
+    return call
 
 
 @documented()
-@or_dense(reference.tversky_loss)
+@loss(reference.tversky_loss)
 def tversky_loss(
     logits: Tensor,
     target: Tensor,
@@ -175,7 +144,7 @@ def tversky_loss(
     ignore_index: int | None = None,
     gamma: float = 1.0,
     mask: Tensor | None = None,
-) -> Tensor:
+) -> Call:
     """Tversky loss 1 - (I + nr) / (I + alpha FP + beta FN + dr) of each (sample, class).
 
     As ``monai.losses.TverskyLoss`` (Salehi et al., 2017), with ``gamma`` and ``mask``; docs/semantics.md.
@@ -196,40 +165,28 @@ def tversky_loss(
         AssertionError: a target whose shape does not fit.
         LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (on a GPU in a later call).
     """
-    inputs = prepare(
-        logits,
-        target,
-        mask,
-        include_background,
-        to_onehot_y,
-        sigmoid,
-        softmax,
-        other_act,
-        ignore_index,
-    )
+    act = (sigmoid, softmax, other_act)
+    inputs = prepare(logits, target, mask, act, include_background, to_onehot_y, ignore_index)
     if gamma <= 0:
         raise ValueError(f"gamma: got {gamma}, expected a positive exponent (1 is the plain Tversky loss)")
-    finish = FinishSpec(
+    half = terms.overlap_half(
+        inputs,
         Formula.RATIO,
+        smooth_nr,
+        smooth_dr,
+        batch,
+        terms.overlap_of(soft_label),
         kappa=1.0,
         alpha=checks.constant("alpha", alpha),
         beta=checks.constant("beta", beta),
-        smooth_nr=checks.constant("smooth_nr", smooth_nr),
-        smooth_dr=checks.constant("smooth_dr", smooth_dr),
         transform=Transform.LINEAR if gamma == 1 else Transform.POWER,
         exponent=float(gamma),
-        skipped=inputs.skipped,
-        batch=batch,
-        reduction=reduction_of(reduction),
     )
-    call = overlap_call(inputs, overlap_of(False, soft_label), finish)
-    if finish.reduction == Reduction.NONE:
-        call.shape = terms_shape(inputs, batch)
-    return like_input(call.run(), logits, target)
+    return terms.call_of(inputs, [terms.Term(half, inputs.dtype)], reduction)
 
 
 @documented()
-@or_dense(reference.mcc_loss)
+@loss(reference.mcc_loss)
 def mcc_loss(
     logits: Tensor,
     target: Tensor,
@@ -245,7 +202,7 @@ def mcc_loss(
     batch: bool = False,
     ignore_index: int | None = None,
     mask: Tensor | None = None,
-) -> Tensor:
+) -> Call:
     """1 - Matthews' correlation coefficient of each (sample, class) (Abhishek and Hamarneh, 2021).
 
     (tp tn - fp fn + nr) / sqrt((tp + fp)(tp + fn)(tn + fp)(tn + fn) + dr); the loss is 0 where fp = fn = 0.
@@ -264,30 +221,12 @@ def mcc_loss(
         AssertionError: a target whose shape does not fit.
         LabelRangeError: a label outside [0, C) that is not ``ignore_index`` (on a GPU in a later call).
     """
-    inputs = prepare(
-        logits,
-        target,
-        mask,
-        include_background,
-        to_onehot_y,
-        sigmoid,
-        softmax,
-        other_act,
-        ignore_index,
-    )
+    act = (sigmoid, softmax, other_act)
+    inputs = prepare(logits, target, mask, act, include_background, to_onehot_y, ignore_index)
     # An ignored voxel is no true negative either: p m = g m = 0 would make it one.
     inputs.product_mask = False
-    finish = FinishSpec(
-        Formula.MCC,
-        smooth_nr=checks.constant("smooth_nr", smooth_nr),
-        smooth_dr=checks.constant("smooth_dr", smooth_dr),
-        skipped=inputs.skipped,
-        batch=batch,
-        reduction=reduction_of(reduction),
-    )
-    call = overlap_call(inputs, Overlap.PRODUCT, finish)
+    dtype = inputs.dtype
     if inputs.dense and not target.is_floating_point():
-        call.dtype = torch.promote_types(call.dtype, torch.float32)  # MONAI's 1.0 - g is one
-    if finish.reduction == Reduction.NONE:
-        call.shape = terms_shape(inputs, batch)
-    return like_input(call.run(), logits, target)
+        dtype = torch.promote_types(dtype, torch.float32)  # MONAI's 1.0 - g is one
+    half = terms.overlap_half(inputs, Formula.MCC, smooth_nr, smooth_dr, batch)
+    return terms.call_of(inputs, [terms.Term(half, dtype)], reduction)

@@ -12,8 +12,9 @@ from torch import Tensor
 from .. import checks, hints
 from ..arguments import documented
 from ..backends import eager
+from ..labels import check_labels, label_spec
 from ..prepare import kernel_dtype, like_input, plain
-from ..streamed import check_labels, label_spec, record_streamed, streamed_sums, sums_by_label
+from ..streamed import record_streamed, streamed_sums, sums_by_label
 from ..tensors import as_tensor
 
 MODES = ("default", "GDL")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import checks, functional
 from ..arguments import documented
-from ..evaluate import record_step
+from ..call import record_step
 from ..overrides import overridden, remember
 from .halves import TwoHalves, bent
 from .overlap import DiceLoss

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from .. import checks, functional
 from ..arguments import documented
-from ..evaluate import record_step
-from ..functional.focal import Alpha
+from ..call import record_step
 from ..overrides import remember
 from ..prepare import dense_labels
 from ..scripting import scriptable
+from ..terms import Alpha
 from .base import Loss
 from .halves import TwoHalves, bent
 from .overlap import DiceLoss, GeneralizedDiceLoss

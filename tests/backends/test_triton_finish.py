@@ -26,9 +26,8 @@ from triton_finish_cases import (
 
 pytest.importorskip("triton")
 
-from bench import sass
-from bench.aot_facts import cuobjdump
-from bench.offline import target
+from bench.gpu.offline import target
+from bench.static import sass
 from dicekernels.backends.triton import finish as module
 from dicekernels.backends.triton.finish import plan_finish
 from dicekernels.backends.triton.launch import Launch
@@ -254,7 +253,7 @@ def test_no_spill(capability: int) -> None:
     with target(capability):
         for kind, batch, shape in itertools.product(KINDS, (False, True), ((2, 512, 4), (64, 2048, 512))):
             spec = FinishSpec(**KINDS[kind], batch=batch)
-            kernel = sass.read(compiled(*shape, spec).asm["cubin"], cuobjdump())
+            kernel = sass.read(compiled(*shape, spec).asm["cubin"])
             assert kernel.stack == 0, f"{kind}, batch {batch}, {shape}: {kernel.registers} registers"
 
 

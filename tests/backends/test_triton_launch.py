@@ -22,7 +22,7 @@ pytest.importorskip("triton")
 import triton
 from triton.runtime import driver
 
-from bench.offline import target
+from bench.gpu.offline import target
 from dicekernels.backends import triton as backend
 from dicekernels.backends.triton import finish as finish_module
 from dicekernels.backends.triton import launch

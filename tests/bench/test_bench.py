@@ -208,15 +208,15 @@ def test_gpu_dry_run_prints_the_commands_in_order(dry_run: tuple[str, Path]) -> 
     contract = "-p on_device -m not slow tests/ops/test_sums.py tests/ops/test_finish.py"
     parts = ["-DDICEKERNELS_BUILD=cuda -DDICEKERNELS_ARCH_LIST=9.0", "--target dicekernels_cuda"]
     parts += ["-m dicekernels.env", "tests/backends/test_cuda.py tests/backends/test_cuda_graphs.py -k not"]
-    parts += ["-m bench.prebuild --suite gpu"]
+    parts += ["-m bench.gpu.prebuild --suite gpu"]
     parts += [f"-m bench.run --suite gpu --out {out} --budget 170 --no-compiled"]
     parts += ["tests/backends/test_cuda_kernels.py tests/backends/test_cuda_kernels_launch.py"]
     parts += [f"DICEKERNELS_BACKEND={name} .*{contract}" for name in ("cuda", "triton", "eager")]
-    parts += ["tests/backends/test_triton_finish.py", "-m bench.sanitize --backends cuda triton"]
+    parts += ["tests/backends/test_triton_finish.py", "-m bench.gpu.sanitize --backends cuda triton"]
     parts += ["-m bench.host_cost", "--suite gpu_peers"]
     places = [[re.search(part, line) is not None for line in commands].index(True) for part in parts]
     assert places == sorted(set(places))
-    assert "-m bench.tune" not in "".join(commands)
+    assert "-m bench.gpu.tune" not in "".join(commands)
     assert "13 problems ran" in output
     assert "Time, forward + backward" in output
     assert re.search(r"triton in the interpreter: loss (\S+), eager \1;", output)
@@ -285,6 +285,30 @@ def test_file_name_is_suite_and_device(document: schema.Document, tmp_path: Path
     part = forced | {"cases": "gdl.*14"}
     assert schema.save(part, tmp_path).name == "quick--cuda-nvidia-h200-sxm--triton--gdl-14.json"
     assert schema.load(tmp_path / "quick--cuda-nvidia-h200-sxm.json") == named
+
+
+def test_rows_are_packed_into_lines(tmp_path: Path) -> None:
+    rows = [{"a": {"b": 1 / 3, "c": 1}, "d": [1]}, {"a": None, "d": "x"}, {"d": "y"}]
+    packed = schema.pack(rows, ["a.b", "d"])
+    assert packed == [["a.b", "d"], [0.33333333, [1]], [None, "x"], [None, "y"]]
+    schema.write({"rows": packed, "none": schema.pack([], ["a"]), "x": [1]}, tmp_path / "new" / "file.json")
+    assert (tmp_path / "new" / "file.json").read_text().splitlines()[2:4] == [
+        '  ["a.b","d"],',
+        "  [0.33333333,[1]],",
+    ]
+    first, *others = schema.read(tmp_path / "new" / "file.json")["rows"]
+    assert first == {"a": {"b": 0.33333333}, "d": [1]}
+    assert others == [{"a": None, "d": "x"}, {"a": None, "d": "y"}]
+
+
+def test_result_files_are_small_and_have_a_line_a_row(tmp_path: Path) -> None:
+    texts = {path.name: path.read_text() for path in (ROOT / "bench" / "results").glob("*.json")}
+    sizes = {name: len(text.encode()) for name, text in texts.items()}
+    assert len(sizes) >= 4
+    assert max(sizes.values()) <= 60 << 10 and sum(sizes.values()) <= 600 << 10, sizes
+    for name, text in texts.items():
+        schema.write(json.loads(text), tmp_path / name)
+        assert (tmp_path / name).read_text() == text, name
 
 
 def _row(name: str, role: str, both: float, passed: bool = True) -> dict[str, Any]:

@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
 import dicekernels  # noqa: E402
-from bench import measure, peers, prebuild, report, run, sanitize, schema, tune  # noqa: E402
+from bench import measure, peers, report, run, schema  # noqa: E402
 from bench.cases import SUITES, Case  # noqa: E402
+from bench.gpu import prebuild, sanitize, tune  # noqa: E402
 from dicekernels.spec import Activation  # noqa: E402
 
 

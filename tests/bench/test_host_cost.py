@@ -6,7 +6,11 @@ asserted is the number of operators dispatched, which a busy machine does not ch
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dicekernels
+from bench import host_cost, schema
 
 monai_losses = pytest.importorskip("monai.losses")
 pytest.importorskip("pytest_benchmark")
@@ -84,3 +89,46 @@ def test_a_step_dispatches_fewer_operators_than_monai(name: str) -> None:
             step()
         counted[library] = operators.names
     assert 2 * len(counted["dicekernels"]) <= len(counted["monai"]), counted["dicekernels"]
+
+
+def test_ours_over_the_empty_op_as_a_part_of_the_others() -> None:
+    taken = {"ours": [30.0, 40.0, 50.0], "ours, empty op": [10.0, 20.0, 10.0]}
+    taken |= {"monai": [90.0, 120.0, 200.0], "monai, empty op": [10.0, 20.0, 40.0]}
+    options = argparse.Namespace(backend="cpu", against=None, rounds=3, steps=1)
+    found = host_cost.compared(taken, options)
+    assert found["over"]["ours"] == {"median": 20.0, "min": 20.0, "lower": 20.0, "upper": 40.0}
+    # 20 / 80, 20 / 100 and 40 / 160
+    assert found["ours over"]["monai"] == {"median": 0.25, "min": 0.2, "lower": 0.2, "upper": 0.25}
+    taken |= {"against": [60.0, 70.0, 60.0], "against, empty op": [10.0, 20.0, 10.0]}
+    found = host_cost.compared(taken, options)
+    assert found["ours over"]["against"]["median"] == 0.4
+    assert "ours 40 µs, over an empty op 20 (20 to 40)" in host_cost.line(found)
+    assert "0.40 (0.40 to 0.80) of against; ours is 0.25 (0.20 to 0.25) of monai" in host_cost.line(found)
+
+
+def test_another_checkout_is_measured_beside_this_one(tmp_path: Path) -> None:
+    if "cpu" not in dicekernels.available_backends():
+        pytest.skip("the fused CPU operators are not built")
+    asked = ["--backend=cpu", f"--against={schema.ROOT}", "--rounds=2", "--steps=1", f"--out={tmp_path}"]
+    host_cost.main(asked)
+    found = json.loads((tmp_path / "host-cost-cpu.json").read_text())
+    assert found["against"] == found["commit"]
+    assert set(found["ours over"]) == {"against", "monai"}
+    names = {f"{name}{empty}" for name in ("ours", "against", "monai") for empty in ("", ", empty op")}
+    assert set(found["microseconds"]) == names
+    assert all(times["min"] > 0 for times in found["microseconds"].values())
+
+
+def test_a_package_from_elsewhere_is_not_measured_for_a_checkout(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    refused = pytest.raises(RuntimeError, match=r"ours: expected loss and gradient \[\], got \[\]")
+    with refused, contextlib.ExitStack() as stack:
+        host_cost.processes(stack, {"ours": (tmp_path, "dicekernels")})
+    assert f"expected dicekernels and its CPU library in {tmp_path}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("path", list((schema.ROOT / "bench" / "results").glob("host-cost-cpu.json")))
+def test_measured_cost_is_a_quarter_of_monais(path: Path) -> None:
+    found = json.loads(path.read_text())
+    assert found["ours over"]["monai"]["median"] <= host_cost.MONAI_LIMIT, host_cost.line(found)

@@ -1,4 +1,4 @@
-"""The machine code of the Triton kernels, compiled for GPUs that are not here: bench/aot.py, bench/sass.py.
+"""The machine code of the Triton kernels, compiled for GPUs that are not here: bench/static/{aot,sass}.py.
 
 Compiled, not interpreted: under TRITON_INTERPRET=1 there is nothing to look at, and these tests are skipped.
 """
@@ -18,10 +18,11 @@ pytest.importorskip("tabulate")
 
 import triton
 
-from bench import aot, aot_facts, aot_report, host_cost, sass
-from bench.aot_cases import LOSSES, Problem
-from bench.offline import target
-from bench.sass import Instruction, Kernel, Loop
+from bench import host_cost, schema
+from bench.gpu.offline import target
+from bench.static import aot, aot_facts, sass, tables
+from bench.static.aot_cases import LOSSES, Problem
+from bench.static.sass import Instruction, Kernel, Loop
 
 INTERPRETED = triton.knobs.runtime.interpret
 compiles = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is set: run again without it")
@@ -195,13 +196,13 @@ def test_command_writes_the_json_that_it_prints(tmp_path: Path, capsys: pytest.C
     asked = ["--capability", "90", "--classes", "2", "--dtype", "float16", "--layout", "contiguous"]
     out = tmp_path / "found.json"
     aot.main([*asked, "--op", "backward", "--try", "BLOCK_N=512/1024", "--out", str(out), "--jobs", "1"])
-    written = aot_report.load(out)
+    written = schema.read(out)
     rows = written["kernels"]
     assert [row["overrides"] for row in rows] == [{"BLOCK_N": 512}, {"BLOCK_N": 1024}]
     assert [aot_facts.shape_of(row["facts"]["meta"])["BLOCK_N"] for row in rows] == [512, 1024]
     assert "ptxas" in written["versions"] and "triton" in written["versions"]
-    assert str(Path.home()) not in out.read_text() and str(aot_report.RESULTS) not in out.read_text()
-    assert aot_report.table(rows) in capsys.readouterr().out
+    assert str(Path.home()) not in out.read_text() and str(schema.ROOT) not in out.read_text()
+    assert tables.launches(rows) in capsys.readouterr().out
 
 
 @compiles
@@ -342,7 +343,7 @@ def test_trials_are_every_combination() -> None:
 
 
 def test_matrix_holds_every_gpu_class_count_dtype_layout_and_pass() -> None:
-    options = aot._parse(["--table"])
+    options = aot._parse([])
     found = {
         (sm, p.classes, p.dtype, p.layout, op) for p, op, sm, _ in aot.tasks(options) if p.loss == "dice_ce"
     }

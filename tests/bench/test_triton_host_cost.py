@@ -20,7 +20,7 @@ pytest.importorskip("jsonschema")
 import triton
 
 from bench import host_cost
-from bench.offline import idle_launcher, target
+from bench.gpu.offline import idle_launcher, target
 from dicekernels.backends.triton import launch
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"

@@ -11,7 +11,7 @@ from torch import nn
 
 import dicekernels
 from dicekernels import functional, testing
-from dicekernels.functional import dense
+from dicekernels.labels import out_of_range
 
 monai_losses = pytest.importorskip("monai.losses")
 
@@ -167,8 +167,8 @@ def test_lambdas_are_checked_beside_a_map():
 
 def test_labels_out_of_range_are_tamed_where_a_one_hot_of_them_would_be_fatal():
     labels = torch.tensor([0, 2, 3, -1, 255])
-    assert dense.in_range(labels, 3, None).tolist() == [0, 2, 0, 0, 0]
-    assert dense.in_range(labels, 3, 255).tolist() == [0, 2, 0, 0, 255]
+    assert out_of_range(labels, 3, None).tolist() == [False, False, True, True, True]
+    assert out_of_range(labels, 3, 255).tolist() == [False, False, True, True, False]
 
 
 @either

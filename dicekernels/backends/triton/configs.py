@@ -1,8 +1,8 @@
 """Which tile a problem gets: a table by classes, bytes of a logit, layout and direction, for every GPU.
 
 So the bits of a result depend on the architecture alone, and no first step of a training waits for an
-autotuner. Chosen by ``python -m bench.aot``: the fewest instructions an element among the tiles that spill
-nowhere from sm_80 to sm_120. ``python -m bench.tune`` measures the table again on a GPU.
+autotuner. Chosen by ``python -m bench.static.aot``: the fewest instructions an element among the tiles that
+spill nowhere from sm_80 to sm_120. ``python -m bench.gpu.tune`` measures the table again on a GPU.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from bench import sass
-from bench.aot_cases import Problem
-from bench.sass import Instruction, Kernel, Loop
+from bench.static import sass
+from bench.static.aot_cases import Problem
+from bench.static.sass import Instruction, Kernel, Loop
 from dicekernels.spec import Activation, chunk_voxels
 
 # Of a launch, beside the constants of the kernel.
@@ -30,7 +30,7 @@ def facts(problem: Problem, op: str, capability: int, overrides: dict[str, Any])
     """
     binary, changed = compiled(problem, op, overrides)
     meta = changed | shape_of(changed)
-    kernel = sass.read(binary.asm["cubin"], cuobjdump())
+    kernel = sass.read(binary.asm["cubin"])
     warps = binary.metadata.num_warps
     return (
         {"meta": _plain(changed)}
@@ -52,7 +52,7 @@ def by_line(problem: Problem, op: str, overrides: dict[str, Any]) -> list[tuple[
 
     cubin = compiled(problem, op, overrides)[0].asm["cubin"]
     places = sass.source_lines(cubin, knobs.nvidia.nvdisasm.path)
-    kernel = sass.read(cubin, cuobjdump())
+    kernel = sass.read(cubin)
     hot = hottest(kernel)
     spent: dict[tuple[str, int], list[Instruction]] = {}
     for line in kernel.code if hot is None else kernel.inside(hot):
@@ -87,13 +87,6 @@ def overridden(meta: dict[str, Any], overrides: dict[str, Any], voxels: int) -> 
     if "BLOCK_N" in overrides and "EVEN" in meta and "EVEN" not in overrides:
         result["EVEN"] = voxels % overrides["BLOCK_N"] == 0
     return result
-
-
-def cuobjdump() -> str:
-    """Path of NVIDIA's disassembler, which comes with Triton."""
-    from triton import knobs
-
-    return str(knobs.nvidia.cuobjdump.path)
 
 
 def of_kernel(kernel: Kernel, shared: int, warps: int, capability: int) -> dict[str, Any]:

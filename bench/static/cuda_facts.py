@@ -11,17 +11,34 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from bench import sass, static_plan
-from bench.sass import Kernel, Loop
-from bench.static_library import Instance, Usage, instance
-from bench.static_plan import ELEMENT_BYTES, RUN_VOXELS, Plan
+from bench.static import sass
+from bench.static.aot_cases import prepared
+from bench.static.library import Instance, Usage, instance
+from bench.static.sass import Kernel, Loop
+from dicekernels.spec import RUN_VOXELS
 
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CLASSES = (2, 3, 4, 5, 8, 14, 16, 17, 32, 33, 64, 117, 128)
 OPS = ("forward", "backward")
 
 Row = dict[str, Any]
+
+
+class Plan(NamedTuple):
+    """How csrc/cuda/fast.h cuts a problem.
+
+    held: classes in the registers of a thread; warps: that share the classes of a voxel; voxels: of a thread
+    on the usual way; threads, shared_bytes: of a block.
+    """
+
+    held: int
+    warps: int
+    voxels: int
+    threads: int
+    shared_bytes: int
 
 
 class Problem(NamedTuple):
@@ -33,23 +50,21 @@ class Problem(NamedTuple):
 
     @property
     def plan(self) -> Plan:
-        found = static_plan.plan_classes(self.classes, False, ELEMENT_BYTES[self.dtype])
-        if found is None:
+        from dicekernels._native import launch_plan
+
+        layout = {"masked": False, "channels_last": False} | asdict(
+            prepared("dice_ce", self.classes).spec.sums
+        )
+        passes = launch_plan((1, self.classes, 128**3), self.dtype, "uint8", **layout)
+        found = passes["sums" if self.op == "forward" else "sums_backward"]
+        if found["kernel"] != "fast":
             raise ValueError(f"classes: got {self.classes}, expected a number that the fast kernels take")
-        return found
+        keys = ("classes_in_registers", "warps_per_voxel", "voxels_per_thread", "threads", "shared_bytes")
+        return Plan(*(found[key] for key in keys))
 
     @property
     def instance(self) -> Instance:
-        return Instance(self.op, self.dtype, self.plan.held, self.plan.split, False, False)
-
-
-def threads(name: str, found: Instance | None) -> int:
-    """Of a block: of most classes where their number decides."""
-    if found is None:
-        return static_plan.FINISH_THREADS if "finish" in name else static_plan.GENERAL_THREADS
-    if not found.split:
-        return static_plan.FAST_THREADS
-    return 32 * static_plan.most_sharing(ELEMENT_BYTES[found.dtype], found.held, found.focal)
+        return Instance(self.op, self.dtype, self.plan.held, self.plan.warps > 1, False, False)
 
 
 def of_kernel(name: str, kernel: Kernel, used: Usage, capability: int) -> Row:
@@ -66,7 +81,6 @@ def of_kernel(name: str, kernel: Kernel, used: Usage, capability: int) -> Row:
         "spill_loads": named["LDL"],
         "spill_stores": named["STL"],
         "static_shared_bytes": used.shared,
-        "threads": threads(name, found),
         "instructions": len(kernel.code),
         "loads": dict(sass.loads(kernel.code)),
         "stores": dict(sass.stores(kernel.code)),
@@ -90,8 +104,7 @@ def narrow(found: Instance, body: tuple[sass.Instruction, ...]) -> str:
         loads = Counter({"128": sass.loads(body)["128"]})
         stores = Counter({"128": sass.stores(body)["128"]} if found.op == "backward" else {})
     else:
-        voxels = static_plan.tile_voxels(bytes_, found.held, found.split, found.last)
-        loads = Counter({"128": found.held, "32" if bytes_ == 4 else "U16": voxels})
+        loads = Counter({"128": found.held, "32" if bytes_ == 4 else "U16": 16 // bytes_})
         stores = Counter({"128": found.held} if found.op == "backward" else {})
     wrong = []
     for what, got, expected in (
@@ -114,29 +127,28 @@ def of_problem(problem: Problem, kernel: Kernel, used: Usage, capability: int) -
         RuntimeError: the kernel has no loop over tiles that could be told.
     """
     plan = problem.plan
-    voxels, dynamic = plan.voxels, static_plan.memory_bytes(plan, problem.op)
     warps = plan.threads // 32
     hot = hottest(kernel)
     if hot is None:
         raise RuntimeError(f"{problem.instance.name}: no loop with 16-byte loads and exponentials")
     tile = per_tile(kernel, hot, plan.warps)
     # All warps of a block together take a chunk; where they share the classes, every tile of it.
-    tiles = math.ceil(RUN_VOXELS / (32 * voxels)) / (1 if plan.split else warps)
+    tiles = math.ceil(RUN_VOXELS / (32 * plan.voxels)) / (1 if plan.warps > 1 else warps)
     outside = len(kernel.code) - len(kernel.inside(hot))
-    elements = voxels * problem.classes / plan.warps
+    elements = plan.voxels * problem.classes / plan.warps
     return {
-        "case": "dice_ce",
         "op": problem.op,
         "capability": capability,
         "classes": problem.classes,
         "dtype": problem.dtype,
         "instance": problem.instance.name,
         "sharing_warps": plan.warps,
-        "classes_of_a_warp": plan.classes,
         "threads": plan.threads,
         "registers": used.registers,
-        "dynamic_shared_bytes": dynamic,
-        "resident_warps": sass.resident_warps(used.registers, dynamic + used.shared, warps, capability),
+        "dynamic_shared_bytes": plan.shared_bytes,
+        "resident_warps": sass.resident_warps(
+            used.registers, plan.shared_bytes + used.shared, warps, capability
+        ),
         "tile_instructions": tile,
         "per_element": round(tile / elements, 3),
         "per_element_chunk": round((tile + outside / tiles) / elements, 3),

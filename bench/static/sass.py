@@ -1,7 +1,7 @@
 """Machine code of one kernel, read: registers, widths of memory accesses, loops, resident warps.
 
 A cubin goes in (NVIDIA's cuobjdump, which Triton brings along), plain facts come out. Nothing here knows a
-loss; bench/aot.py puts the facts beside the problem.
+loss; bench/static/aot.py puts the facts beside the problem.
 """
 
 from __future__ import annotations
@@ -100,7 +100,14 @@ class Kernel:
         return tuple(one for one in within if not any(other.holds(one) for other in within))
 
 
-def read(cubin: bytes, cuobjdump: str) -> Kernel:
+def cuobjdump() -> str:
+    """Path of NVIDIA's disassembler, which comes with Triton."""
+    from triton import knobs
+
+    return str(knobs.nvidia.cuobjdump.path)
+
+
+def read(cubin: bytes) -> Kernel:
     """The only kernel of a cubin.
 
     Raises:
@@ -109,7 +116,7 @@ def read(cubin: bytes, cuobjdump: str) -> Kernel:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [cuobjdump, "-sass", "-res-usage", str(path)]
+        command = [cuobjdump(), "-sass", "-res-usage", str(path)]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"cuobjdump failed ({done.returncode}): {done.stderr.strip()}")

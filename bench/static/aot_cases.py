@@ -1,4 +1,4 @@
-"""Problems whose kernels bench/aot.py compiles: a loss, its tensors on ``meta``, the plan of an op."""
+"""Problems whose kernels bench/static/aot.py compiles: a loss, its tensors on ``meta``, the plan of an op."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor
 import dicekernels
 import dicekernels.functional as losses
 from bench.cases import torch_dtype
-from dicekernels.evaluate import Call, record
-from dicekernels.spec import LossSpec, SumsSpec, Weights, chunk_count
+from dicekernels.call import Call, observed
+from dicekernels.spec import LossSpec, SumsSpec, chunk_count
 
 OPS = ("forward", "backward", "finish")
 LAYOUTS = ("contiguous", "channels_last")
@@ -77,7 +77,8 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
 @cache
 def prepared(loss: str, classes: int) -> Call:
     """What the functional layer makes of the loss, on eight voxels of one sample."""
-    with dicekernels.use_backend("eager"), record() as calls, warnings.catch_warnings():
+    calls: list[Any] = []
+    with dicekernels.use_backend("eager"), observed(calls.append), warnings.catch_warnings():
         # MONAI's warnings about a single channel, which the matrix holds on purpose.
         warnings.simplefilter("ignore")
         LOSSES[loss](torch.zeros(1, classes, 2, 2, 2))
@@ -154,8 +155,5 @@ class Problem:
             call = prepared(self.loss, self.classes)
             shape = spec.finish.loss_shape(self.samples, self.classes)
             loss = torch.empty(shape, dtype=call.dtype, device=device)
-            weights = Weights(
-                call.class_weight, call.pos_weight, call.neg_weight, call.region_lambda, call.voxel_lambda
-            )
-            return plan_finish(loss, coef, slots, weights, sums.rows, spec.finish, False)
+            return plan_finish(loss, coef, slots, call.weights, sums.rows, spec.finish, False)
         raise ValueError(f"op: got {op!r}, expected one of {OPS}")

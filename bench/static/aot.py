@@ -1,10 +1,9 @@
-"""``python -m bench.aot``: compile the Triton kernels for GPUs that are not here and read the machine code.
+"""``python -m bench.static.aot``: compile the Triton kernels for GPUs that are not here, read what came out.
 
-The whole matrix is written to bench/results/aot-triton.json. Any option that restricts it, or ``--try``,
-prints the table alone. See README.md for what the columns mean.
+See bench/README.md for what the columns mean.
 
-    python -m bench.aot --op forward --capability 90 --classes 4 14 --dtype float32 --case dice_ce
-    python -m bench.aot ... --try BLOCK_N=512/1024,num_warps=4/8
+    python -m bench.static.aot --op forward --capability 90 --classes 4 14 --dtype float32 --case dice_ce
+    python -m bench.static.aot ... --try BLOCK_N=512/1024,num_warps=4/8
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import aot_facts, aot_report
-from bench.aot_cases import LAYOUTS, LOSSES, OPS, Problem
-from bench.offline import target
+from bench.gpu.offline import target
+from bench.static import aot_facts, tables
+from bench.static.aot_cases import LAYOUTS, LOSSES, OPS, Problem
 
 CAPABILITIES = (80, 90, 100, 120)
 CLASSES = (1, 2, 4, 14, 32, 117, 257)
@@ -40,26 +39,28 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     work = tasks(options)
     if not work:
-        raise SystemExit("bench.aot: no kernel of the matrix has these properties; widen --case or --op")
+        raise SystemExit(
+            "bench.static.aot: no kernel of the matrix has these properties; widen --case or --op"
+        )
     if options.lines:
         for task in work:
             with target(task.capability):
                 print(f"\n{' '.join(map(str, task))}")
-                print(aot_report.lines(aot_facts.by_line(task.problem, task.op, dict(task.overrides))))
+                print(tables.lines(aot_facts.by_line(task.problem, task.op, dict(task.overrides))))
         return
     rows = compiled(work, options.jobs)
-    print(aot_report.table(rows))
+    print(tables.launches(rows))
     if options.out:
-        print(f"written: {aot_report.save(rows, options.out)}")
+        tables.save("aot-triton", options.out, tables.tool_versions(), kernels=rows)
     errors: dict[str, list[str]] = {}
     for row in rows:
-        errors.setdefault(row["error"], []).append(aot_report.name(row))
+        errors.setdefault(row["error"], []).append(tables.name(row))
     errors.pop("", None)
     for text, names in list(errors.items())[:4]:
         print(f"\n{', '.join(names)}:\n{text}", file=sys.stderr)
     if errors:
         raise SystemExit(
-            f"bench.aot: {sum(map(len, errors.values()))} of {len(rows)} kernels did not compile"
+            f"bench.static.aot: {sum(map(len, errors.values()))} of {len(rows)} kernels did not compile"
         )
 
 
@@ -73,7 +74,7 @@ def compiled(work: list[Task], jobs: int) -> list[dict[str, Any]]:
 
 
 def _row(task: Task) -> dict[str, Any]:
-    """What bench/aot_facts.py finds, or the text of the error in its place."""
+    """What bench/static/aot_facts.py finds, or the text of the error in its place."""
     problem, op, capability, overrides = task
     row = {
         "case": problem.loss,
@@ -161,7 +162,9 @@ def _value(text: str) -> Any:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.static.aot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--capability", type=int, nargs="+", metavar="SM")
     parser.add_argument("--classes", type=int, nargs="+", metavar="C")
@@ -172,9 +175,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--space", type=int, nargs="+", default=[128, 128, 128], help="sizes of the volume")
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--try", dest="overrides", action="append", default=[], metavar="NAME=VALUE,...")
-    parser.add_argument("--table", action="store_true", help="print the table, write nothing")
     parser.add_argument("--lines", action="store_true", help="instructions of the hot loop by source line")
-    parser.add_argument("--out", type=Path, help="default for the whole matrix: bench/results")
+    parser.add_argument("--out", type=Path, help="a JSON file")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(arguments)
     options.overrides = trials(options.overrides)
@@ -183,8 +185,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options.restricted = any(asked) or other_size
     if math.prod(options.space) * options.samples < 1:
         parser.error(f"--space, --samples: got {options.space} and {options.samples}, expected sizes above 0")
-    if options.out is None and not (options.restricted or options.table or options.overrides != [()]):
-        options.out = aot_report.RESULTS
     return options
 
 

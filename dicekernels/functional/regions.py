@@ -7,24 +7,22 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, dispatch
-from .arguments import documented
-from .autograd import total_sums
-from .evaluate import record_step
-from .ops import eager_totals
-from .prepare import kernel_dtype, plain
-from .spec import (
-    BAD,
+from .. import checks, dispatch
+from ..arguments import documented
+from ..autograd import total_sums
+from ..call import is_observed, record_step, stand_in
+from ..ops import eager_totals
+from ..prepare import kernel_dtype, plain
+from ..spec import (
     LS,
-    NEG,
-    OVERLAP_ROWS,
-    POS,
     Activation,
+    Formula,
     G,
     N,
     Overlap,
     SumsSpec,
     VoxelTerm,
+    needed_rows,
     row_names,
 )
 
@@ -115,11 +113,7 @@ def region_sums(
     if mask is not None:
         mask = kernel_dtype(plain(mask)).expand(logits.shape[0], *mask.shape[1:])
     term = _VOXEL_TERMS[voxel_term]
-    rows = OVERLAP_ROWS | G | N | (0 if dense else BAD)
-    if term != VoxelTerm.NONE:
-        rows |= POS
-    if term in (VoxelTerm.BCE, VoxelTerm.FOCAL_SIGMOID):
-        rows |= NEG
+    rows = needed_rows(dense=dense, formula=Formula.RATIO, voxel_term=term) | G | N
     if term == VoxelTerm.CE:
         rows |= LS
     spec = SumsSpec(
@@ -135,12 +129,10 @@ def region_sums(
     )
     others = [n for n, x in (("target", target), ("mask", mask)) if x is not None and x.requires_grad]
     if others and torch.is_grad_enabled():
-        forced = dispatch.forced_backend()
-        if forced not in (None, "eager"):
-            raise RuntimeError(
-                f"backend {forced!r} was forced, but {others[0]} requires a gradient, and the kernels "
-                "differentiate the logits alone; detach it or force 'eager'"
-            )
+        dispatch.refuse_forced(
+            f"{others[0]} requires a gradient, and the kernels differentiate the logits alone",
+            "detach it or force 'eager'",
+        )
         reason = f"{others[0]} requires a gradient"
         record_step(f"backend: eager ({reason}); region_sums", "eager", reason, whole=True)
         totals = eager_totals(logits, target, mask, spec)
@@ -149,7 +141,10 @@ def region_sums(
         named_rows = ", ".join(row_names(rows))
         line = f"backend: {backend.name}; region_sums of {named_rows}"
         record_step(line, backend.name, dispatch.no_kernel(logits))
-        totals = total_sums(logits, target, mask, spec, backend.namespace)
+        if is_observed():
+            totals = stand_in((*logits.shape[:2], rows.bit_count()), torch.float64, logits, target, mask)
+        else:
+            totals = total_sums(logits, target, mask, spec, backend.namespace)
     named = dict(zip(row_names(rows), totals.unbind(-1), strict=True))
     named.pop("BAD", None)
     return RegionSums(**named)

@@ -10,9 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import sass
-from bench.aot_facts import cuobjdump
-from bench.sass import Kernel
+from bench.static import sass
+from bench.static.sass import Kernel
 
 ELEMENTS = {"float": "float32", "double": "float64", "Half": "float16", "Bfloat16": "bfloat16"}
 # From sm_90 on, what a block keeps for the driver is counted as the kernel's own.
@@ -136,7 +135,7 @@ def _run(options: list[str], library: Path) -> str:
     Raises:
         RuntimeError: it fails.
     """
-    tool = cuobjdump()
+    tool = sass.cuobjdump()
     # It calls nvdisasm, which stands beside it.
     path = os.pathsep.join([str(Path(tool).parent), os.environ.get("PATH", "")])
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""``python -m bench.sanitize``: compute-sanitizer over small problems, on each backend of a GPU.
+"""``python -m bench.gpu.sanitize``: compute-sanitizer over small problems, on each backend of a GPU.
 
 memcheck: accesses out of bounds. racecheck: hazards in shared memory. initcheck: reads of memory that nothing
 wrote. synccheck: barriers that not all threads reach. The problems run once without a tool, which compiles
@@ -53,7 +53,7 @@ PROBLEMS = (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.sanitize", description=__doc__)
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--backends", nargs="+", default=BACKENDS)
     parser.add_argument("--device", default="cuda", help="cpu: a dry run, of triton with TRITON_INTERPRET=1")
@@ -67,15 +67,15 @@ def main(arguments: list[str] | None = None) -> None:
         return
     backends = [name for name in options.backends if _usable(name)]
     if not backends:
-        raise SystemExit("bench.sanitize: no backend to check")
+        raise SystemExit("bench.gpu.sanitize: no backend to check")
     program = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path="/usr/local/cuda/bin"
     )
     if program is None:
         raise SystemExit(
-            "bench.sanitize: no compute-sanitizer on the PATH or in /usr/local/cuda/bin: nothing was checked"
+            "bench.gpu.sanitize: no compute-sanitizer on PATH or in /usr/local/cuda/bin: nothing was checked"
         )
-    own = [sys.executable, "-m", "bench.sanitize", "--problems", "--device", options.device, "--backends"]
+    own = [sys.executable, "-m", "bench.gpu.sanitize", "--problems", "--device", options.device, "--backends"]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     subprocess.run([*own, *backends], env=environment, check=True)
     found: dict[str, list[str]] = {"clean": [], "did not end": [], "FAILED": []}
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         found["FAILED" if code else "clean"].append(f"{job} (exit code {code})" if code else job)
     for verdict, jobs in found.items():
-        print(f"bench.sanitize: {verdict}: {', '.join(jobs) or 'none'}")
+        print(f"bench.gpu.sanitize: {verdict}: {', '.join(jobs) or 'none'}")
     if found["FAILED"]:
         raise SystemExit(1)
 
@@ -110,7 +110,7 @@ def _usable(backend: str) -> bool:
 
     reason = unavailable_backends().get(backend)
     if reason:
-        print(f"bench.sanitize: not checked: backend {backend!r}: {reason}")
+        print(f"bench.gpu.sanitize: not checked: backend {backend!r}: {reason}")
     return not reason
 
 

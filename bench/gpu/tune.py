@@ -1,4 +1,4 @@
-"""``python -m bench.tune``: measure again which tile each problem should have, on the GPU that is here.
+"""``python -m bench.gpu.tune``: measure again which tile each problem should have, on the GPU that is here.
 
 For each problem (classes, dtype, layout, direction) the tile of dicekernels/backends/triton/configs.py and
 its neighbours run on the same data: one whose result differs from that of the table is refused, the others
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import sys
 import time
@@ -26,10 +25,10 @@ from tabulate import tabulate
 from torch import Tensor
 
 from bench import measure, schema
-from bench.aot_cases import Problem
 from bench.cases import Case, torch_dtype
-from bench.prebuild import pool_of
+from bench.gpu.prebuild import pool_of
 from bench.run import l2_flush
+from bench.static.aot_cases import Problem
 
 DIRECTIONS = ("forward", "backward")
 HEADS = ["problem", "tile", "warps", "µs", "of table", ""]
@@ -190,7 +189,7 @@ def lines_of(entry: dict[str, Any], best: int = 3) -> list[list[str]]:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.tune", description=__doc__)
     parser.add_argument("--classes", type=int, nargs="+", default=[4, 14, 32, 117, 2])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--layouts", nargs="+", default=["contiguous", "channels_last"])
@@ -211,12 +210,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     if options.dry_run and not interpreted():
         # Triton decides when it is imported.
-        again = [sys.executable, "-m", "bench.tune", *(sys.argv[1:] if arguments is None else arguments)]
+        again = [sys.executable, "-m", "bench.gpu.tune", *(sys.argv[1:] if arguments is None else arguments)]
         os.execve(sys.executable, again, os.environ | {"TRITON_INTERPRET": "1"})
     device = "cpu" if options.dry_run else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(
-            "bench.tune: torch sees no CUDA device here; run it on a GPU node, or with --dry-run"
+            "bench.gpu.tune: torch sees no CUDA device here; run it on a GPU node, or with --dry-run"
         )
     end = time.monotonic() + options.budget
     found = problems(options.classes, options.dtypes, options.layouts, options.dry_run)
@@ -232,11 +231,10 @@ def main(arguments: list[str] | None = None) -> None:
         document["copy"] = measure.copy_bandwidth()
     document = document | {"finished": False, "problems": []}
     path = options.out / f"tune-triton--{schema.slug(document['device']['name'])}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     pool = None if options.dry_run else pool_of(options.workers)
     for number, (problem, direction, tiles) in enumerate(tasks):
         if number and time.monotonic() > end:
-            print(f"bench.tune: no time left for {len(tasks) - number} problems", file=sys.stderr)
+            print(f"bench.gpu.tune: no time left for {len(tasks) - number} problems", file=sys.stderr)
             break
         if pool is not None:
             pool.map(compile_tile, [(problem, direction, tile) for tile in tiles], chunksize=1)
@@ -245,7 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
         document["problems"].append(entry)
         print(tabulate(lines_of(entry), HEADS, disable_numparse=True), flush=True)
         document["finished"] = number == len(tasks) - 1
-        path.write_text(json.dumps(document, indent=1) + "\n")
+        schema.write(document, path)
     if pool is not None:
         pool.terminate()
     print(f"written: {path}")

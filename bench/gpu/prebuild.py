@@ -1,4 +1,4 @@
-"""``python -m bench.prebuild``: compile the Triton kernels of a suite into Triton's cache, on every core.
+"""``python -m bench.gpu.prebuild``: compile the Triton kernels of a suite into Triton's cache, on every core.
 
 A run of the suite then measures at once, and a short lease of a GPU is not spent on one compiling core.
 ``--capability 90`` compiles for a GPU that is not here (a dry run; the cache is then of no other use).
@@ -16,15 +16,15 @@ from functools import cache
 from typing import Any
 
 import dicekernels
-from bench.aot_cases import LOSSES, OPS, Problem
 from bench.cases import SUITES, Case
-from dicekernels.evaluate import Call, record
+from bench.static.aot_cases import LOSSES, OPS, Problem
+from dicekernels.call import Call, observed
 from dicekernels.spec import LossSpec
 
 
 @dataclass(frozen=True)
 class SuiteProblem(Problem):
-    """With the options of bench/peers.py; bench/aot_cases.py has others for the focal term."""
+    """With the options of bench/peers.py; bench/static/aot_cases.py has others for the focal term."""
 
     @property
     def spec(self) -> LossSpec:
@@ -37,7 +37,8 @@ def suite_spec(loss: str, classes: int) -> LossSpec:
     from bench.peers import ours
 
     case = Case(loss, (1, classes, 2, 2, 2))
-    with dicekernels.use_backend("eager"), record() as calls:
+    calls: list[Any] = []
+    with dicekernels.use_backend("eager"), observed(calls.append):
         ours(case)(*case.tensors("cpu"))
     (call,) = calls
     assert isinstance(call, Call), call
@@ -45,7 +46,7 @@ def suite_spec(loss: str, classes: int) -> LossSpec:
 
 
 def problem_of(case: Case) -> Problem | None:
-    """The case as bench/aot_cases.py has it, None for one that it does not know."""
+    """The case as bench/static/aot_cases.py has it, None for one that it does not know."""
     if case.loss not in LOSSES or case.label_dtype != "uint8":
         return None
     samples, classes, *space = case.shape
@@ -67,7 +68,7 @@ def compile_op(task: tuple[Problem, str, int | None]) -> str:
 def _target(capability: int | None) -> contextlib.AbstractContextManager[Any]:
     if capability is None:
         return contextlib.nullcontext()
-    from bench.offline import target
+    from bench.gpu.offline import target
 
     return target(capability)
 
@@ -78,7 +79,7 @@ def pool_of(workers: int) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.prebuild", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.prebuild", description=__doc__)
     parser.add_argument("--suite", choices=SUITES, default="gpu")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2))
     parser.add_argument("--capability", type=int)

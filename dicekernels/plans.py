@@ -1,0 +1,146 @@
+"""What a call need not find out again: options, shapes, dtypes and device seen before lead to the op.
+
+A plan holds no value of a tensor. What values decide (a weight below 0, a label out of range) is looked at in
+every call, strides are the kernels' to read, and attributes of modules are options of the function that they
+call: a change of any of them makes another key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import checks, dispatch
+from .autograd import fused_loss
+from .call import Call, is_observed
+from .spec import LossSpec, Weights
+
+# A training run makes a handful; one that makes more than this starts anew.
+LIMIT = 256
+# Options of another value in every call, which are in no key: with the field of Weights that they become.
+_LAMBDAS = {
+    "lambda_dice": "region_lambda",
+    "lambda_gdl": "region_lambda",
+    "lambda_ce": "voxel_lambda",
+    "lambda_focal": "voxel_lambda",
+}
+# Where the factors of the classes come from; the first of these options that is a tensor.
+_WEIGHTS = {"class_weight": ("dice_weight", "weight"), "pos_weight": ("weight",), "neg_weight": ()}
+_TENSORS = ("mask", "weight", "dice_weight")
+_DEVICES = ("cpu", "cuda", "xpu")
+
+Key = tuple[Any, ...]
+
+
+class Plan(NamedTuple):
+    """A Call without its tensors.
+
+    Attributes:
+        tensors: options that are tensors, but for lambdas.
+        weights: (field of Weights, the option that it is).
+        lambdas: (field of Weights, the option that it is made of).
+    """
+
+    spec: LossSpec
+    namespace: str
+    dtype: torch.dtype
+    shape: tuple[int, ...] | None
+    tensors: tuple[str, ...]
+    weights: tuple[tuple[str, str], ...]
+    lambdas: tuple[tuple[str, str], ...]
+
+    def takes(self, target: Tensor, options: dict[str, Any]) -> bool:
+        """Whether the kernels can differentiate this call, and what they are given can be saved."""
+        if not torch.is_grad_enabled():
+            return True
+        names = (*self.tensors, *(option for _, option in self.lambdas))
+        for value in (target, *(options[name] for name in names)):
+            if isinstance(value, Tensor) and (value.requires_grad or value.is_inference()):
+                return False
+        return True
+
+    def run(self, logits: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
+        """The loss of these tensors."""
+        weights = _NO_WEIGHTS
+        if self.weights or self.lambdas:
+            made = {field: checks.factor(name, options[name], logits) for field, name in self.lambdas}
+            for field, name in self.weights:
+                made[field] = options[name]
+                checks.counts(options[name], "the value/values of the `weight` should be no less than 0.")
+            weights = Weights(**made)
+        mask: Tensor | None = options.get("mask")
+        if mask is not None:
+            checks.voxel_weights(mask, logits)
+        loss = fused_loss((logits, target, mask, *weights), self.spec, self.namespace, self.dtype)
+        return loss if self.shape is None else loss.reshape(self.shape)
+
+
+_NO_WEIGHTS = Weights()
+_plans: dict[Key, Plan] = {}
+
+
+def find(
+    function: Callable[..., Any], logits: Tensor, target: Tensor, options: dict[str, Any]
+) -> tuple[Key | None, Plan | None]:
+    """The key of a call, None where there is no plan for its like, and the plan that was kept under it."""
+    if torch.compiler.is_compiling() or type(logits) is not Tensor or type(target) is not Tensor:
+        return None, None
+    if is_observed() or torch._C._are_functorch_transforms_active() or logits.is_nested or target.is_nested:
+        return None, None
+    device = logits.device
+    if device.type not in _DEVICES:
+        return None, None
+    seen = options.copy()
+    for name in _TENSORS:
+        value = seen.get(name)
+        if isinstance(value, Tensor):
+            if type(value) not in (Tensor, nn.Parameter) or value.is_nested:
+                return None, None
+            seen[name] = (value.shape, value.dtype, value.device, value.layout)
+    for name in _LAMBDAS:
+        seen.pop(name, None)
+    key = (
+        function,
+        dispatch.forced_backend(),
+        torch.is_autocast_enabled(device.type),
+        (logits.shape, logits.dtype, device, logits.layout),
+        (target.shape, target.dtype, target.device, target.layout),
+        tuple(options),
+        tuple(seen.values()),
+    )
+    try:
+        return key, _plans.get(key)
+    except TypeError:  # a list among the options
+        return None, None
+
+
+def keep(key: Key, call: Call, logits: Tensor, target: Tensor, options: dict[str, Any]) -> None:
+    """Keeps the plan of a call whose tensors are the caller's own, and that warned of nothing."""
+    warns = logits.shape[1] == 1 or (
+        options.get("use_softmax") and not options.get("include_background", True)
+    )
+    own = call.logits is logits and call.target is target and call.mask is options.get("mask")
+    if warns or not own or call.between is not None or call.volume_weight is not None or call.notes:
+        return
+    tensors = {name for name, x in options.items() if isinstance(x, Tensor) and name not in _LAMBDAS}
+    if not tensors <= set(_TENSORS):
+        return
+    weights = []
+    for field, places in _WEIGHTS.items():
+        weight = getattr(call.weights, field)
+        name = next((name for name in places if name in tensors), None)
+        if weight is not None:
+            if name is None or options[name] is not weight:
+                return
+            weights.append((field, name))
+    if tensors - {"mask"} != {name for _, name in weights}:
+        return
+    lambdas = ((field, name) for name, field in _LAMBDAS.items() if name in options)
+    namespace = dispatch.choose(logits).namespace
+    plan = Plan(call.spec, namespace, call.dtype, call.shape, tuple(tensors), tuple(weights), tuple(lambdas))
+    if len(_plans) >= LIMIT:
+        _plans.clear()
+    _plans[key] = plan
