@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...spec import ROWS, SumsSpec, VoxelTerm, row_index
+from ...spec import BINARY_TERMS, ROWS, SumsSpec, row_index
 from .configs import Tile, choose_tile
 from .support import compiles_ptx
 
@@ -131,7 +131,7 @@ class Problem:
         out = seen if gradient is None else view_of(gradient, 2)
         itemsize = logits.element_size()
         channels_last = seen.voxel != 1 and seen.channel == 1
-        binary = spec.voxel_term in (VoxelTerm.BCE, VoxelTerm.FOCAL_SIGMOID)
+        binary = spec.voxel_term in BINARY_TERMS
         tile = choose_tile(
             classes, itemsize, channels_last, gradient is not None, spec.dense, mask is not None, binary
         )
@@ -172,6 +172,7 @@ class Problem:
             "ACTIVATION": int(spec.activation),
             "OVERLAP": int(spec.overlap),
             "VOXEL_TERM": int(spec.voxel_term),
+            "BINARY": spec.voxel_term in BINARY_TERMS,
             "PLACES": places(spec.rows),
             "HAS_IGNORE": spec.ignore_index is not None and not spec.dense,
             "PRODUCT_MASK": spec.product_mask,

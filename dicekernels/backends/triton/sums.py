@@ -9,10 +9,8 @@ from torch import Tensor
 
 from ...spec import RUN_VOXELS, SumsSpec, chunk_count, chunk_voxels
 from .codes import (
-    BCE,
     CE,
-    FOCAL_SIGMOID,
-    FOCAL_SOFTMAX,
+    NONE,
     ROW_BAD,
     ROW_FN,
     ROW_FP,
@@ -35,9 +33,9 @@ from .rows import (
     add_run,
     add_volume,
     binary_rows,
-    focal_log_p,
-    focal_row,
     probabilities,
+    shifted_log_p,
+    softmax_row,
     store_row,
     weighted,
 )
@@ -86,6 +84,7 @@ def sums_kernel(
     ACTIVATION: tl.constexpr,
     OVERLAP: tl.constexpr,
     VOXEL_TERM: tl.constexpr,
+    BINARY: tl.constexpr,
     HAS_IGNORE: tl.constexpr,
     PRODUCT_MASK: tl.constexpr,
     GAMMA: tl.constexpr,
@@ -104,8 +103,9 @@ def sums_kernel(
 ):
     ACC: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     SELECT: tl.constexpr = MASKED or HAS_IGNORE
+    SOFTMAX_TERM: tl.constexpr = VOXEL_TERM != NONE and VOXEL_TERM != CE and not BINARY
     NEEDS_SOFTMAX: tl.constexpr = ACTIVATION == SOFTMAX or VOXEL_TERM == CE
-    PAD: tl.constexpr = float("-inf") if NEEDS_SOFTMAX or VOXEL_TERM == FOCAL_SOFTMAX else 0.0
+    PAD: tl.constexpr = float("-inf") if NEEDS_SOFTMAX or SOFTMAX_TERM else 0.0
     BLOCK_N: tl.constexpr = SHAPE[1]
     OVERLAPS: tl.constexpr = PLACES[ROW_I] >= 0 or PLACES[ROW_FP] >= 0 or PLACES[ROW_FN] >= 0
     program = tl.program_id(0)
@@ -203,15 +203,17 @@ def sums_kernel(
                 pos = add_ce(pos, nll, g, hit, inside, m, DENSE, MASKED, SHAPE)
                 if PLACES[ROW_LS] >= 0:
                     ls += tile_sums(weighted(nll, inside, m, MASKED, SHAPE), SHAPE)
-            elif VOXEL_TERM == BCE or VOXEL_TERM == FOCAL_SIGMOID:
+            elif BINARY:
                 positive, negative = binary_rows(
                     z, g, hit, inside, m, DENSE, VOXEL_TERM, GAMMA, MASKED, ASM, SHAPE
                 )
                 pos += tile_sums(positive, SHAPE)
                 neg += tile_sums(negative, SHAPE)
-            elif VOXEL_TERM == FOCAL_SOFTMAX:
-                log_p = focal_log_p(z, c, within, FIRST_CLASS, SHAPE, EVEN)
-                x = focal_row(log_p, c, g, hit, inside, m, DENSE, GAMMA, FIRST_CLASS, MASKED, SHAPE)
+            elif SOFTMAX_TERM:
+                log_p = shifted_log_p(z, c, within, FIRST_CLASS, SHAPE, EVEN)
+                x = softmax_row(
+                    log_p, c, g, hit, inside, m, DENSE, VOXEL_TERM, GAMMA, FIRST_CLASS, MASKED, SHAPE
+                )
                 pos += tile_sums(x, SHAPE)
         i_totals, fp_totals = add_run(i_totals, fp_totals, i, fp, PLACES[ROW_I], PLACES[ROW_FP], SHAPE)
         fn_totals, pos_totals = add_run(
