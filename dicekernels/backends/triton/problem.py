@@ -17,6 +17,14 @@ from .support import compiles_ptx
 MAX_VOXELS = 2**31 - 2**20
 
 
+# The integers of ``Problem.numbers``, parameters of both kernels. A variant for each multiple of 16 would be
+# compiled in the middle of a training with patches of many sizes, so these are not specialized.
+NUMBERS = (
+    *("voxels", "logits_batch", "logits_channel", "logits_voxel", "target_batch", "target_channel"),
+    *("target_voxel", "mask_batch", "mask_voxel", "ignore_index", "one"),
+)
+
+
 class View(NamedTuple):
     """(B, C, V) of a tensor; strides in elements, 0 for a dimension of size 1."""
 
@@ -142,7 +150,7 @@ class Problem:
         return self.logits.data, self.target.data, (self.mask or self.logits).data
 
     def numbers(self) -> tuple[int, ...]:
-        """The run-time integers from ``voxels`` to ``one``."""
+        """The run-time integers by the names of NUMBERS."""
         ignored = self.spec.ignore_index
         mask = (0, 0) if self.mask is None else (self.mask.batch, self.mask.voxel)
         return (

@@ -25,7 +25,7 @@ from .codes import (
 )
 from .launch import Launch, launch
 from .loads import exponential, exponents, load_inputs, logarithm
-from .problem import Problem, flat_inputs
+from .problem import NUMBERS, Problem, flat_inputs
 from .rows import (
     add_ce,
     add_negatives,
@@ -43,32 +43,15 @@ from .tile import all_voxels, class_index, class_offset, class_sum, per_voxel, t
 from .voxel_math import LN2
 
 
-# A variant for each multiple of 16 would be compiled in the middle of a training with patches of many sizes.
-@triton.jit(
-    do_not_specialize=[
-        "chunks",
-        "runs",
-        "voxels",
-        "logits_batch",
-        "logits_channel",
-        "logits_voxel",
-        "target_batch",
-        "target_channel",
-        "target_voxel",
-        "mask_batch",
-        "mask_voxel",
-        "ignore_index",
-        "one",
-    ]
-)
+@triton.jit(do_not_specialize=["chunks", "runs", *NUMBERS])
 def sums_kernel(
-    logits,
-    target,
-    mask,
-    slots,
+    logits,  # (B, C, V)
+    target,  # (B, C, V) values or (B, V) labels
+    mask,  # (B, V); read if MASKED
+    slots,  # (B, chunks, C, WIDTH) float64
     chunks,
-    runs,
-    voxels,
+    runs,  # of RUN voxels in a chunk
+    voxels,  # over VOXEL_UNIT
     logits_batch,
     logits_channel,
     logits_voxel,
@@ -151,6 +134,7 @@ def sums_kernel(
         for start in range(0, left, BLOCK_N):
             v = first + start + tl.arange(0, BLOCK_N)
             within = v < voxels
+            # 1. Load.
             z, g, hit, inside, m, bad = load_inputs(
                 logits_row,
                 labels,
@@ -181,6 +165,7 @@ def sums_kernel(
             if not DENSE:
                 wrong = tl.where(bad, wrong + 1, wrong)
 
+            # 2. Softmax.
             t = z
             e = z
             sum_e = z
@@ -188,6 +173,7 @@ def sums_kernel(
                 t = exponents(z, within, VOXEL_TERM == CE, SHAPE, EVEN)
                 e = exponential(t)
                 sum_e = class_sum(e, SHAPE)
+            # 3. Rows.
             if OVERLAPS or PLACES[ROW_TN] >= 0:
                 p = probabilities(z, e, sum_e, inside, ACTIVATION, ASM, SHAPE)
                 if OVERLAPS:
@@ -215,6 +201,7 @@ def sums_kernel(
                     log_p, c, g, hit, inside, m, DENSE, VOXEL_TERM, GAMMA, FIRST_CLASS, MASKED, SHAPE
                 )
                 pos += tile_sums(x, SHAPE)
+        # 4. Add the run to the chunk.
         i_totals, fp_totals = add_run(i_totals, fp_totals, i, fp, PLACES[ROW_I], PLACES[ROW_FP], SHAPE)
         fn_totals, pos_totals = add_run(
             fn_totals, pos_totals, fn, pos, PLACES[ROW_FN], PLACES[ROW_POS], SHAPE
@@ -233,6 +220,7 @@ def sums_kernel(
     if VOXEL_TERM == CE and ACC == tl.float32:
         pos_totals = pos_totals * LN2
         ls_totals = ls_totals * LN2
+    # 5. Store.
     WIDTH: tl.constexpr = PLACES[10]  # behind the places of the ten rows
     slot = slots + program.to(tl.int64) * (C * WIDTH)
     store_row(slot, c, i_totals, C, WIDTH, PLACES[ROW_I])

@@ -23,7 +23,7 @@ from .codes import (
 )
 from .launch import Launch, launch
 from .loads import exponential, exponents, load_inputs, voxel_offset
-from .problem import Problem, flat_inputs, is_flat
+from .problem import NUMBERS, Problem, flat_inputs, is_flat
 from .rows import probabilities, shifted_log_p
 from .slopes import binary_gradient, ce_pull, load_slope, overlap_slopes, softmax_gradient
 from .tile import class_index, class_offset, class_sum, per_voxel
@@ -46,37 +46,26 @@ def load_grad(grad_loss, sample, c, grad_batch, grad_class, skipped, C: tl.const
         return tl.load(at, mask=(c >= skipped) & (c < C), other=0.0).to(tl.float64)
 
 
-# As in sums.py: no variants for multiples of 16.
-@triton.jit(
-    do_not_specialize=[
-        "grad_batch",
-        "grad_class",
-        "skipped",
-        "gradient_batch",
-        "gradient_channel",
-        "gradient_voxel",
-        "spans",
-        "voxels",
-        "logits_batch",
-        "logits_channel",
-        "logits_voxel",
-        "target_batch",
-        "target_channel",
-        "target_voxel",
-        "mask_batch",
-        "mask_voxel",
-        "ignore_index",
-        "one",
-    ]
+_OWN = (
+    "grad_batch",
+    "grad_class",
+    "skipped",
+    "gradient_batch",
+    "gradient_channel",
+    "gradient_voxel",
+    "spans",
 )
+
+
+@triton.jit(do_not_specialize=[*_OWN, *NUMBERS])
 def sums_backward_kernel(
-    logits,
-    target,
-    mask,
-    coef,
-    grad_loss,
-    gradient,
-    spans,
+    logits,  # (B, C, V)
+    target,  # (B, C, V) values or (B, V) labels
+    mask,  # (B, V); read if MASKED
+    coef,  # (B, C, WIDTH) float64
+    grad_loss,  # () or (groups, outputs); read if GRAD >= 0
+    gradient,  # (B, C, V)
+    spans,  # of SPAN voxels in a sample
     grad_batch,
     grad_class,
     skipped,
@@ -157,6 +146,7 @@ def sums_backward_kernel(
     for start in range(0, tl.minimum(SPAN, voxels - first), BLOCK_N):
         v = first + start + tl.arange(0, BLOCK_N)
         within = v < voxels
+        # 1. Load.
         z, g, hit, inside, m, _ = load_inputs(
             logits_row,
             labels,
@@ -181,12 +171,14 @@ def sums_backward_kernel(
             EVEN,
         )
 
+        # 2. Softmax.
         p = z
         pull = z
         result = tl.zeros_like(z)
         if NEEDS_SOFTMAX:
             e = exponential(exponents(z, within, False, SHAPE, EVEN))
             p = probabilities(z, e, class_sum(e, SHAPE), inside, SOFTMAX, ASM, SHAPE)
+        # 3. Rows.
         if VOXEL_TERM == CE:
             pull = ce_pull(g, hit, a_pos, a_ls, DENSE, PLACES[ROW_LS] >= 0)
         if OVERLAPS:
@@ -217,6 +209,7 @@ def sums_backward_kernel(
             result += softmax_gradient(
                 log_p, c, g, hit, a_pos, C, DENSE, VOXEL_TERM, GAMMA, FIRST_CLASS, SHAPE
             )
+        # 4. Store.
         if MASKED:
             result *= per_voxel(m, SHAPE)
         if MASKED or HAS_IGNORE or not DENSE:

@@ -176,8 +176,8 @@ def softmax_focal(log_p, GAMMA: tl.constexpr):
         return loss, tl.where(certain, 0.0, slope)
 
 
-# Voxel terms but the cross entropy, which shares the softmax of the overlap, are of two families: a new one is
-# a branch in one of them, with loss and slope of a voxel and class.
+# Voxel terms but the cross entropy, which shares the softmax of the overlap, are of two families: a new one
+# is a branch in one of them, with loss and slope of a voxel and class.
 
 
 @triton.jit
