@@ -49,7 +49,7 @@ def _is_transformed() -> bool:
     return (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # torch types neither
+        or torch._C._is_tracing()
     )
 
 

@@ -228,14 +228,14 @@ def call_sums(namespace: str, logits: Tensor, target: Tensor, mask: Tensor | Non
     if torch.compiler.is_compiling():
         result: Tensor = op(logits, target, mask, *spec.args())
         return result
-    device = logits.device
-    deferred.raise_earlier(device)
+    # The kernels of the CPU raise by themselves, as what is in PYTHON where that costs no wait. Those of a GPU
+    # count such labels; whoever launches them decides whether to wait for the count.
+    raises = namespace == "dicekernels" and logits.is_cpu
+    if not raises:
+        deferred.raise_earlier(logits.device)
     try:
         slots: Tensor = op(logits, target, mask, *spec.args())
-        # The kernels of a GPU count such labels; whoever launches them decides whether to wait for the count.
-        # Those of the CPU and what is in PYTHON have raised by themselves where that costs no wait.
-        counted = namespace not in PYTHON and (namespace != "dicekernels" or device.type != "cpu")
-        if counted or not deferred.reads_at_once(device):
+        if not raises and (namespace not in PYTHON or not deferred.reads_at_once(logits.device)):
             _count(slots, logits, target, mask, spec)
         return slots
     except LabelRangeError:

@@ -39,7 +39,7 @@ class Plan(NamedTuple):
     """A Call without its tensors.
 
     Attributes:
-        tensors: options that are tensors, but for lambdas.
+        watched: options that are tensors, or may be.
         weights: (field of Weights, the option that it is).
         lambdas: (field of Weights, the option that it is made of).
     """
@@ -48,7 +48,7 @@ class Plan(NamedTuple):
     namespace: str
     dtype: torch.dtype
     shape: tuple[int, ...] | None
-    tensors: tuple[str, ...]
+    watched: tuple[str, ...]
     weights: tuple[tuple[str, str], ...]
     lambdas: tuple[tuple[str, str], ...]
 
@@ -56,24 +56,27 @@ class Plan(NamedTuple):
         """Whether the kernels can differentiate this call, and what they are given can be saved."""
         if not torch.is_grad_enabled():
             return True
-        names = (*self.tensors, *(option for _, option in self.lambdas))
-        for value in (target, *(options[name] for name in names)):
+        if target.requires_grad or target.is_inference():
+            return False
+        for name in self.watched:
+            value = options[name]
             if isinstance(value, Tensor) and (value.requires_grad or value.is_inference()):
                 return False
         return True
 
     def run(self, logits: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
         """The loss of these tensors."""
-        weights = _NO_WEIGHTS
-        if self.weights or self.lambdas:
-            made = {field: checks.factor(name, options[name], logits) for field, name in self.lambdas}
-            for field, name in self.weights:
-                made[field] = options[name]
-                checks.counts(options[name], "the value/values of the `weight` should be no less than 0.")
-            weights = Weights(**made)
+        made: dict[str, Tensor | None] = {}
+        for field, name in self.lambdas:
+            if options[name] != 1.0 or isinstance(options[name], Tensor):
+                made[field] = checks.factor(name, options[name], logits)
+        for field, name in self.weights:
+            made[field] = options[name]
+            checks.counts(options[name], "the value/values of the `weight` should be no less than 0.")
         mask: Tensor | None = options.get("mask")
         if mask is not None:
             checks.voxel_weights(mask, logits)
+        weights = Weights(**made) if made else _NO_WEIGHTS
         loss = fused_loss((logits, target, mask, *weights), self.spec, self.namespace, self.dtype)
         return loss if self.shape is None else loss.reshape(self.shape)
 
@@ -138,9 +141,10 @@ def keep(key: Key, call: Call, logits: Tensor, target: Tensor, options: dict[str
             weights.append((field, name))
     if tensors - {"mask"} != {name for _, name in weights}:
         return
-    lambdas = ((field, name) for name, field in _LAMBDAS.items() if name in options)
+    lambdas = tuple((field, name) for name, field in _LAMBDAS.items() if name in options)
+    watched = (*tensors, *(name for _, name in lambdas))
     namespace = dispatch.choose(logits).namespace
-    plan = Plan(call.spec, namespace, call.dtype, call.shape, tuple(tensors), tuple(weights), tuple(lambdas))
+    plan = Plan(call.spec, namespace, call.dtype, call.shape, watched, tuple(weights), lambdas)
     if len(_plans) >= LIMIT:
         _plans.clear()
     _plans[key] = plan

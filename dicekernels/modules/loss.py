@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from numbers import Number
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -59,6 +60,7 @@ class Loss(_Loss):
         FACTORS: names of the lambdas, which are options, too.
         CONDITIONS: what must hold for the halves of a loss to share one pass, of ALIKE and FIXED.
         READ: part, option and attribute, of OPTIONS.
+        READERS: part, its options, and what reads them all at once, which costs a third.
         SHADOWED: a subclass has an attribute or property of its own under the name of a part.
         KIND: the class of this package that a loss is, or derives from.
     """
@@ -74,6 +76,7 @@ class Loss(_Loss):
     FACTORS: ClassVar[tuple[str, ...]] = ()
     CONDITIONS: ClassVar[tuple[Condition, ...]] = ()
     READ: ClassVar[tuple[tuple[str, str, str], ...]] = ()
+    READERS: ClassVar[tuple[tuple[str, tuple[str, ...], Callable[[Any], Any]], ...]] = ()
     SHADOWED: ClassVar[bool] = False
     KIND: ClassVar[type[Loss]]
 
@@ -84,6 +87,8 @@ class Loss(_Loss):
         super().__init_subclass__(**more)
         if cls.__module__.startswith("dicekernels.modules."):
             cls.KIND = cls
+            named = [(part, names) for part, names in cls.OPTIONS.items() if names]
+            cls.READERS = tuple((part, tuple(names), _reader(names)) for part, names in named)
             cls.READ = tuple((part, *one) for part, names in cls.OPTIONS.items() for one in names.items())
             if cls.FUNCTION is not None:
                 scripting.register(cls)
@@ -112,8 +117,10 @@ class Loss(_Loss):
 
     def _options(self) -> dict[str, Any]:
         """The options of FUNCTION as the attributes hold them."""
-        parts = self._parts()
-        return {option: getattr(parts[part], name) for part, option, name in self.READ}
+        parts, options = self._parts(), dict[str, Any]()
+        for part, names, read in self.READERS:
+            options.update(zip(names, read(parts[part]), strict=True))
+        return options
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles in place of this module."""
@@ -124,6 +131,12 @@ class Loss(_Loss):
         kind = self.KIND
         name = f"dicekernels.{kind.__name__}" if type(self) is kind else type(self).__name__
         return f"{name}({', '.join(_shown(self, kind))})"
+
+
+def _reader(names: Mapping[str, str]) -> Callable[[Any], Any]:
+    """The attributes ``names.values()`` of a module as a tuple."""
+    read = operator.attrgetter(*names.values())
+    return read if len(names) > 1 else lambda module: (read(module),)
 
 
 def part_of(kind: type[nn.Module], given: Mapping[str, Any], **more: Any) -> Any:
