@@ -7,7 +7,7 @@ endif()
 # A source file has one language in a folder, and that of a .cu is CUDA: each is included by a .cpp.
 set(sources csrc/cuda/ops.cpp)
 function(dk_wrap kernel element)
-  set(wrapper "${CMAKE_BINARY_DIR}/emulated/${kernel}${element}.cpp")
+  set(wrapper "${CMAKE_BINARY_DIR}/emulated/${element}/${kernel}.cpp")
   file(CONFIGURE OUTPUT "${wrapper}" CONTENT "#define DK_ELEMENT ${element}\n#include \"${kernel}\"\n" @ONLY)
   set(sources ${sources} "${wrapper}" PARENT_SCOPE)
 endfunction()

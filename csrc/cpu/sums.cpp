@@ -109,50 +109,35 @@ void negative_row(const Tile<T>& tile, const Accumulators<T>& sums, int64_t c, c
 template <bool Dense, bool Masked, class T>
 void voxel_rows(const Tile<T>& tile, const Accumulators<T>& sums, int64_t c, const T* g_row) {
   const Problem& problem = tile.problem;
+  const TermNumbers<T> numbers(problem);
   Sum<T> pos(sums.at(c, kPos));
   const T* z_row = tile.z + c * tile.z_stride;
-  const T gamma = static_cast<T>(problem.focal_gamma);
-  const auto weighted = [&](int64_t v, Vec<T> x) { return Masked ? load<T>(tile.m + v) * x : x; };
+  const auto m_at = [&](int64_t v) { return Masked ? load<T>(tile.m + v) : splat(T{1}); };
   const auto g_at = [&](int64_t v) {
     return tile.template target<Dense>(g_row, static_cast<T>(c), v);
   };
   if (problem.voxel_term == VoxelTerm::ce) {
     Sum<T> ls(sums.at(c, kLs));
     for (int64_t v = 0; v < tile.padded; v += kLanes<T>)
-      ls.add(weighted(v, -tile.log_p(load<T>(z_row + v), v)));
-  } else if (problem.voxel_term == VoxelTerm::bce) {
-    Sum<T> neg(sums.at(c, kNeg));
-    for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
-      const Sigmoid<Vec<T>> s = sigmoid<true>(load<T>(z_row + v));
-      const Vec<T> g = g_at(v);
-      pos.add(weighted(v, g * s.softneg));
-      neg.add(weighted(v, (1 - g) * s.softplus));
-    }
-  } else if (problem.voxel_term == VoxelTerm::focal_sigmoid) {
-    Sum<T> neg(sums.at(c, kNeg));
-    for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
-      const Vec<T> z = load<T>(z_row + v), g = g_at(v);
-      if constexpr (Dense) {
-        const Vec<T> loss = weighted(v, sigmoid_focal(z, g, gamma).loss);
-        pos.add(g * loss);
-        neg.add((1 - g) * loss);
-      } else {
-        const auto hit = g != splat(T{0});
-        const Vec<T> loss = weighted(v, hard_focal(select(hit, z, -z), gamma).loss);
-        pos.value = hit ? pos.value + loss : pos.value;
-        neg.value = hit ? neg.value : neg.value + loss;
-      }
-    }
-  } else if (problem.voxel_term == VoxelTerm::focal_softmax && c >= problem.first_class) {
+      ls.add(m_at(v) * -tile.log_p(load<T>(z_row + v), v));
+  } else if (is_softmax_term(problem.voxel_term)) {
+    if (c < problem.first_class) return;
     for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
       if constexpr (Dense) {
         const Vec<T> log_p = tile.focal_log_p(load<T>(z_row + v), v);
-        pos.add(weighted(v, g_at(v) * softmax_focal(log_p, gamma).loss));
+        pos.add(m_at(v) * (g_at(v) * softmax_term(numbers, log_p).loss));
       } else {
         // Selected, not multiplied: the loss of an impossible label is infinite.
         pos.add(g_at(v) != splat(T{0}) ? load<T>(tile.pull + v) : splat(T{0}));
       }
     }
+  } else {
+    Sum<T> neg(sums.at(c, kNeg));
+    with_binary_term(problem.voxel_term, [&](auto term) {
+      for (int64_t v = 0; v < tile.padded; v += kLanes<T>)
+        add_binary_term<term(), Dense>(numbers, load<T>(z_row + v), g_at(v), m_at(v), &pos.value,
+                                       &neg.value);
+    });
   }
 }
 
@@ -167,13 +152,13 @@ void with_probabilities(const Tile<T>& tile, int64_t c, F f) {
   f(tile.row, tile.ones);
 }
 
-// The softmax focal loss of each voxel of a label map, which its own class alone has.
+// The loss of a softmax term of each voxel of a label map, which its own class alone has.
 template <bool Masked, class T>
-void load_focal_loss(Tile<T>& tile) {
-  const T gamma = static_cast<T>(tile.problem.focal_gamma);
+void load_softmax_term(Tile<T>& tile) {
+  const TermNumbers<T> numbers(tile.problem);
   tile.label_log_p(tile.pull);
   for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
-    const Vec<T> loss = softmax_focal(load<T>(tile.pull + v), gamma).loss;
+    const Vec<T> loss = softmax_term(numbers, load<T>(tile.pull + v)).loss;
     store<T>(tile.pull + v, Masked ? load<T>(tile.m + v) * loss : loss);
   }
 }
@@ -188,8 +173,8 @@ void sums_tile(Tile<T>& tile, const Accumulators<T>& sums) {
   const bool overlap = has_overlap(problem) || ce || counts;
   with_flags(problem.dense, tile.masked, ce, counts,
              [&](auto dense, auto masked, auto with_ce, auto count) {
-               if (problem.voxel_term == VoxelTerm::focal_softmax && !dense())
-                 load_focal_loss<masked()>(tile);
+               if (is_softmax_term(problem.voxel_term) && !dense())
+                 load_softmax_term<masked()>(tile);
                for (int64_t c = 0; c < problem.classes; ++c) {
                  const T* g_row = tile.target_row(c);
                  if (overlap)

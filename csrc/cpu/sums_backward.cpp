@@ -75,11 +75,11 @@ void load_shift(Tile<T>& tile, const Slopes<T>* slopes) {
   }
 }
 
-// The same for the softmax focal term alone: pull = sum_c a_pos g_c p_c d(focal)/dp_c.
+// The same for a softmax term alone: pull = sum_c a_pos g_c p_c d loss/dp_c.
 template <bool Dense, class T>
-void load_focal_pull(Tile<T>& tile, const Slopes<T>* slopes) {
+void load_pull(Tile<T>& tile, const Slopes<T>* slopes) {
   const Problem& problem = tile.problem;
-  const T gamma = static_cast<T>(problem.focal_gamma);
+  const TermNumbers<T> numbers(problem);
   if constexpr (!Dense) {
     // One class of the sum is not zero.
     T* own = tile.g;
@@ -92,7 +92,7 @@ void load_focal_pull(Tile<T>& tile, const Slopes<T>* slopes) {
     tile.label_log_p(tile.pull);
     for (int64_t v = 0; v < tile.padded; v += kLanes<T>)
       store<T>(tile.pull + v,
-               load<T>(own + v) * softmax_focal(load<T>(tile.pull + v), gamma).slope);
+               load<T>(own + v) * softmax_term(numbers, load<T>(tile.pull + v)).slope);
     return;
   }
   std::memset(tile.pull, 0, sizeof(T) * tile.padded);
@@ -103,7 +103,7 @@ void load_focal_pull(Tile<T>& tile, const Slopes<T>* slopes) {
       const Vec<T> log_p = tile.focal_log_p(load<T>(z_row + v), v);
       store<T>(tile.pull + v,
                load<T>(tile.pull + v) + weighted_target<Dense>(a.pos, T{0}, c, g_row, v) *
-                                            softmax_focal(log_p, gamma).slope);
+                                            softmax_term(numbers, log_p).slope);
     }
   }
 }
@@ -144,39 +144,30 @@ void add_voxel_gradient(const Tile<T>& tile, const Slopes<T>& a, int64_t c, cons
                         T* out) {
   const Problem& problem = tile.problem;
   const T *e_row = tile.e + c * tile.pitch, *z_row = tile.z + c * tile.z_stride;
-  const T gamma = static_cast<T>(problem.focal_gamma), label = static_cast<T>(c);
+  const TermNumbers<T> numbers(problem);
   const auto add = [&](int64_t v, Vec<T> x) { store<T>(out + v, load<T>(out + v) + x); };
-  const auto g_at = [&](int64_t v) { return tile.template target<Dense>(g_row, label, v); };
+  const auto g_at = [&](int64_t v) {
+    return tile.template target<Dense>(g_row, static_cast<T>(c), v);
+  };
   if (problem.voxel_term == VoxelTerm::ce) {
     for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
       const Vec<T> p = load<T>(e_row + v) * load<T>(tile.scale + v);
       add(v, -p * load<T>(tile.shift + v) - weighted_target<Dense>(a.pos, a.ls, c, g_row, v));
     }
-  } else if (problem.voxel_term == VoxelTerm::bce) {
-    for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
-      const Sigmoid<Vec<T>> s = sigmoid<false>(load<T>(z_row + v));
-      const Vec<T> g = g_at(v);
-      add(v, a.neg * (1 - g) * s.p - a.pos * g * s.q);
-    }
-  } else if (problem.voxel_term == VoxelTerm::focal_sigmoid) {
-    for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
-      const Vec<T> z = load<T>(z_row + v), g = g_at(v);
-      if constexpr (Dense) {
-        add(v, (a.pos * g + a.neg * (1 - g)) * sigmoid_focal(z, g, gamma).slope);
-      } else {
-        const auto hit = g != splat(T{0});
-        add(v,
-            select(hit, splat(a.pos), splat(-a.neg)) * hard_focal(select(hit, z, -z), gamma).slope);
-      }
-    }
-  } else if (problem.voxel_term == VoxelTerm::focal_softmax && c >= problem.first_class) {
+  } else if (is_softmax_term(problem.voxel_term)) {
+    if (c < problem.first_class) return;
     for (int64_t v = 0; v < tile.padded; v += kLanes<T>) {
       const Vec<T> log_p = tile.focal_log_p(load<T>(z_row + v), v), pull = load<T>(tile.pull + v);
       if constexpr (Dense)
-        add(v, a.pos * g_at(v) * softmax_focal(log_p, gamma).slope - exp(log_p) * pull);
+        add(v, a.pos * g_at(v) * softmax_term(numbers, log_p).slope - exp(log_p) * pull);
       else
         add(v, (g_at(v) - exp(log_p)) * pull);
     }
+  } else {
+    with_binary_term(problem.voxel_term, [&](auto term) {
+      for (int64_t v = 0; v < tile.padded; v += kLanes<T>)
+        add(v, binary_slope<term(), Dense>(numbers, load<T>(z_row + v), g_at(v), a.pos, a.neg));
+    });
   }
 }
 
@@ -210,8 +201,7 @@ void backward_tile(Tile<T>& tile, const Slopes<T>* slopes, const View& gradient)
       problem.dense, tile.masked, ce, false, [&](auto dense, auto masked, auto with_ce, auto) {
         with_overlap(problem.overlap, [&](auto o) {
           if (tile.needs_softmax()) load_shift<o(), dense(), masked(), with_ce()>(tile, slopes);
-          if (problem.voxel_term == VoxelTerm::focal_softmax)
-            load_focal_pull<dense()>(tile, slopes);
+          if (is_softmax_term(problem.voxel_term)) load_pull<dense()>(tile, slopes);
           for (int64_t c = 0; c < problem.classes; ++c) {
             const int64_t offset = at + c * gradient.channel;
             T* out = direct ? static_cast<T*>(const_cast<void*>(gradient.data)) + offset : tile.row;

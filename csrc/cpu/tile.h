@@ -66,7 +66,7 @@ struct Tile {
 
   bool needs_softmax() const {
     return problem.activation == Activation::softmax || problem.voxel_term == VoxelTerm::ce ||
-           problem.voxel_term == VoxelTerm::focal_softmax;
+           is_softmax_term(problem.voxel_term);
   }
 
   void load(int64_t sample_, int64_t first_, int64_t n_) {
@@ -186,7 +186,7 @@ struct Tile {
       store<T>(max + v, largest);
       store<T>(log_sum + v, log(sum));
     }
-    if (problem.voxel_term != VoxelTerm::focal_softmax) return;
+    if (!is_softmax_term(problem.voxel_term)) return;
     for (int64_t v = 0; v < padded; v += kLanes<T>) {
       const Vec<T> largest = largest_logit(problem.first_class, v);
       Vec<T> sum = splat(T{0});

@@ -19,6 +19,10 @@ template <class T>
 DK_INLINE T select(bool mask, T a, T b) {
   return mask ? a : b;
 }
+template <class T>
+DK_INLINE T splat(T x) {
+  return x;
+}
 
 __device__ __forceinline__ float exp2_fast(float x) {
 #if defined(DK_EMULATED)

@@ -122,40 +122,25 @@ __device__ void copy_values(const View& values, int64_t count, double* out) {
     out[at] = read_as<double>(values, at * values.voxel);
 }
 
+// Calls f with a zero of the type of a loss.
+template <class F>
+__device__ void with_loss(DType dtype, F f) {
+  if (dtype == DType::f16) return f(Half{});
+  if (dtype == DType::bf16) return f(Bfloat16{});
+  if (dtype == DType::f32) return f(0.0f);
+  f(0.0);
+}
+
 // The rounding of finish() for a loss of this dtype.
 struct Rounding {
   DType dtype;
 
   __device__ double value(double x) const {
-    switch (dtype) {
-      case DType::f16:
-        return widen(narrow<Half>(x));
-      case DType::bf16:
-        return widen(narrow<Bfloat16>(x));
-      case DType::f32:
-        return narrow<float>(x);
-      default:
-        return x;
-    }
+    with_loss(dtype, [&](auto zero) { x = widen(narrow<decltype(zero)>(x)); });
+    return x;
   }
   __device__ double factor(double x) const { return dtype == DType::f64 ? x : narrow<float>(x); }
 };
-
-__device__ void store_loss(const FinishLaunch& a, int64_t at, double value) {
-  switch (a.loss_dtype) {
-    case DType::f16:
-      static_cast<Half*>(a.loss)[at] = narrow<Half>(value);
-      return;
-    case DType::bf16:
-      static_cast<Bfloat16*>(a.loss)[at] = narrow<Bfloat16>(value);
-      return;
-    case DType::f32:
-      static_cast<float*>(a.loss)[at] = narrow<float>(value);
-      return;
-    default:
-      static_cast<double*>(a.loss)[at] = value;
-  }
-}
 
 // Two blocks to a multiprocessor: left alone, ptxas spills to fit a third one beside them.
 __global__ void __launch_bounds__(kThreads, 2)
@@ -203,9 +188,12 @@ __global__ void __launch_bounds__(kThreads, 2)
                         a.region_lambda.data ? block.load(lambdas) : a.region_value,
                         a.voxel_lambda.data ? block.load(lambdas + 1) : a.voxel_value,
                         a.coef};
-  finish(
-      a.spec, data, block, [&](int64_t at, double value) { store_loss(a, at, value); },
-      Rounding{a.loss_dtype});
+  const auto store = [&](int64_t at, double value) {
+    with_loss(a.loss_dtype, [&](auto zero) {
+      static_cast<decltype(zero)*>(a.loss)[at] = narrow<decltype(zero)>(value);
+    });
+  };
+  finish(a.spec, data, block, store, Rounding{a.loss_dtype});
 }
 
 }  // namespace

@@ -43,17 +43,17 @@ __device__ T overlap_slope_at(const Tile<T>& tile, const Slopes<T>& a, T p, T g,
 
 // What the softmax's Jacobian takes off every class of a voxel, without its weight: shift =
 // sum_c p_c dL/dp_c of the overlap minus sum_c (a_pos g_c + a_ls) of the cross entropy; pull the
-// same for the softmax focal term.
+// same for a softmax term.
 template <class T>
 __device__ void load_jacobians(Tile<T>& tile) {
   const Problem& problem = tile.problem;
   const bool overlap = tile.has_overlap() && problem.activation == Activation::softmax;
   const bool ce = problem.voxel_term == VoxelTerm::ce;
-  const bool focal = problem.voxel_term == VoxelTerm::focal_softmax;
-  const T gamma = static_cast<T>(problem.focal_gamma);
+  const bool pulls = is_softmax_term(problem.voxel_term);
+  const TermNumbers<T> numbers(problem);
   tile.each_voxel(false, [&](int v, int lane, bool own, const Softmax<T>& of_voxel) {
     T shift = 0, pull = 0;
-    for (int c = lane; c < problem.classes && (overlap || ce || focal); c += tile.plan.lanes) {
+    for (int c = lane; c < problem.classes && (overlap || ce || pulls); c += tile.plan.lanes) {
       const Slopes<T> a = class_slopes(tile, c);
       const T z = tile.z[c * tile.plan.pitch + v], g = tile.target(c, v);
       if (overlap) {
@@ -61,8 +61,8 @@ __device__ void load_jacobians(Tile<T>& tile) {
         shift += p * overlap_slope_at(tile, a, p, g, v);
       }
       if (ce) shift -= a.pos * g + a.ls;
-      if (focal && c >= problem.first_class && (problem.dense || g != 0))
-        pull += a.pos * g * softmax_focal(of_voxel.focal_log_p(z), gamma).slope;
+      if (pulls && c >= problem.first_class && (problem.dense || g != 0))
+        pull += a.pos * g * softmax_term(numbers, of_voxel.focal_log_p(z)).slope;
     }
     shift = tile.over_lanes(shift);
     pull = tile.over_lanes(pull);
@@ -77,21 +77,19 @@ template <class T>
 __device__ T voxel_term_gradient(const Tile<T>& tile, const Slopes<T>& a, int64_t c, int v, T z,
                                  T g) {
   const Problem& problem = tile.problem;
-  const T gamma = static_cast<T>(problem.focal_gamma);
-  if (problem.voxel_term == VoxelTerm::bce) {
-    const Sigmoid<T> s = sigmoid<false>(z);
-    return a.neg * (1 - g) * s.p - a.pos * g * s.q;
-  }
-  if (problem.voxel_term == VoxelTerm::focal_sigmoid) {
-    if (problem.dense) return (a.pos * g + a.neg * (1 - g)) * sigmoid_focal(z, g, gamma).slope;
-    return (g != 0 ? a.pos : -a.neg) * hard_focal(g != 0 ? z : -z, gamma).slope;
-  }
-  if (problem.voxel_term == VoxelTerm::focal_softmax && c >= problem.first_class) {
+  const TermNumbers<T> numbers(problem);
+  T slope = 0;
+  if (!is_softmax_term(problem.voxel_term)) {
+    with_binary_term(problem.voxel_term, [&](auto term) {
+      slope = problem.dense ? binary_slope<term(), true>(numbers, z, g, a.pos, a.neg)
+                            : binary_slope<term(), false>(numbers, z, g, a.pos, a.neg);
+    });
+  } else if (c >= problem.first_class) {
     const T log_p = tile.focal_log_p(z, v);
-    const T own = problem.dense || g != 0 ? a.pos * g * softmax_focal(log_p, gamma).slope : T{0};
-    return own - exp(log_p) * tile.pull[v];
+    if (problem.dense || g != 0) slope = a.pos * g * softmax_term(numbers, log_p).slope;
+    slope -= exp(log_p) * tile.pull[v];
   }
-  return 0;
+  return slope;
 }
 
 template <class T>

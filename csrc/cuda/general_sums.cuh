@@ -64,7 +64,7 @@ template <class T>
 __device__ void add_voxel_term(const Tile<T>& tile, int64_t c, int v, T z, T g, T m,
                                Rows<T>* rows) {
   const Problem& problem = tile.problem;
-  const T gamma = static_cast<T>(problem.focal_gamma);
+  const TermNumbers<T> numbers(problem);
   if (problem.voxel_term == VoxelTerm::ce) {
     const T nll = m * -tile.log_p(z, v);
     // Selected, not multiplied: -log p of an impossible class is infinite.
@@ -73,21 +73,16 @@ __device__ void add_voxel_term(const Tile<T>& tile, int64_t c, int v, T z, T g, 
     else if (g != 0)
       rows->pos += nll;
     rows->ls += nll;
-  } else if (problem.voxel_term == VoxelTerm::bce) {
-    const Sigmoid<T> s = sigmoid<true>(z);
-    rows->pos += m * (g * s.softneg);
-    rows->neg += m * ((1 - g) * s.softplus);
-  } else if (problem.voxel_term == VoxelTerm::focal_sigmoid) {
-    if (problem.dense) {
-      const T loss = m * sigmoid_focal(z, g, gamma).loss;
-      rows->pos += g * loss;
-      rows->neg += (1 - g) * loss;
-    } else {
-      const T loss = m * hard_focal(g != 0 ? z : -z, gamma).loss;
-      (g != 0 ? rows->pos : rows->neg) += loss;
-    }
-  } else if (c >= problem.first_class && (problem.dense || g != 0)) {
-    rows->pos += m * (g * softmax_focal(tile.focal_log_p(z, v), gamma).loss);
+  } else if (is_softmax_term(problem.voxel_term)) {
+    if (c >= problem.first_class && (problem.dense || g != 0))
+      rows->pos += m * (g * softmax_term(numbers, tile.focal_log_p(z, v)).loss);
+  } else {
+    with_binary_term(problem.voxel_term, [&](auto term) {
+      if (problem.dense)
+        add_binary_term<term(), true>(numbers, z, g, m, &rows->pos, &rows->neg);
+      else
+        add_binary_term<term(), false>(numbers, z, g, m, &rows->pos, &rows->neg);
+    });
   }
 }
 

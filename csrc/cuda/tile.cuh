@@ -105,7 +105,7 @@ struct Tile {
   template <class F>
   __device__ void each_voxel(bool logs, F f) {
     const int lanes = plan.lanes, lane = threadIdx.x % lanes;
-    const bool softmax = needs_softmax(), focal = problem.voxel_term == VoxelTerm::focal_softmax;
+    const bool softmax = needs_softmax(), focal = is_softmax_term(problem.voxel_term);
     for (int base = 0; base < n; base += plan.threads / lanes) {
       const int own = base + threadIdx.x / lanes, v = own < n ? own : n - 1;
       Softmax<T> of_voxel;

@@ -20,6 +20,10 @@ T select(bool mask, T a, T b) {
   return mask ? a : b;
 }
 template <class T>
+T splat(T x) {
+  return x;
+}
+template <class T>
 T exp(T x) {
   return std::exp(x);
 }
@@ -68,7 +72,7 @@ void overlap(T p, T g, const T* slopes, T* out, int64_t n) {
 
 template <class T>
 void evaluate(int function, T a, T b, const T* parameters, T* out, int64_t n) {
-  const auto write = [&](const Focal<T>& f) { out[0] = f.loss, out[n] = f.slope; };
+  const auto write = [&](const Term<T>& f) { out[0] = f.loss, out[n] = f.slope; };
   switch (function) {
     case kOverlap:
       return overlap<Overlap::product>(a, b, parameters, out, n);
