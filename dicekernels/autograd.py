@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backends import eager
 from .ops import NAMESPACES, handles, libraries, loss_args, run_loss, run_totals
@@ -35,11 +36,21 @@ def fused_loss(tensors: Tensors, spec: LossSpec, namespace: str, dtype: torch.dt
             result, _ = handles[namespace].loss(*tensors, *numbers, dtype)
         else:
             result, _ = TracedLoss.apply(*tensors, spec, namespace, dtype)  # type: ignore[no-untyped-call]  # torch's
-    elif torch._C._are_functorch_transforms_active():
+    elif _is_transformed():
         result, _ = TransformableLoss.apply(*tensors, spec, namespace, dtype)  # type: ignore[no-untyped-call]  # torch's
     else:
-        result = DirectLoss.apply(*tensors, spec, namespace, dtype)  # type: ignore[no-untyped-call]  # torch's
+        logits, *others = tensors
+        result = DirectLoss.apply(logits, (*others, spec, namespace, dtype))  # type: ignore[no-untyped-call]  # torch's
     return result
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func, forward mode or torch.jit.trace ask for more than a loss and its gradient."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # torch types neither
+    )
 
 
 def total_sums(logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec, namespace: str) -> Tensor:
@@ -190,7 +201,7 @@ class TracedLoss(torch.autograd.Function):
 
 
 class TransformableLoss(TracedLoss):
-    """The same for the transforms of torch.func."""
+    """The same for the transforms of torch.func, forward mode and torch.jit.trace."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -219,23 +230,21 @@ class TransformableLoss(TracedLoss):
 
 
 class DirectLoss(torch.autograd.Function):
-    """The loss alone, in plain eager: without what setup_context costs, and an output that nobody reads."""
+    """The loss alone in plain eager, of (logits, what else ``run_loss`` takes).
+
+    Without what setup_context, an output that nobody reads and a dozen arguments cost.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        loss, coef = run_loss(*inputs)
-        tensors, ctx.spec, ctx.namespace, ctx.dtype = inputs[:8], *inputs[8:]
-        ctx.save_for_backward(coef, *tensors)
-        ctx.save_for_forward(*tensors)
+    def forward(ctx: Any, logits: Tensor, rest: tuple[Any, ...]) -> Tensor:
+        loss, coef = run_loss(logits, *rest)
+        *tensors, ctx.spec, ctx.namespace, ctx.dtype = rest
+        ctx.save_for_backward(coef, logits, *tensors)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        return TracedLoss.backward(ctx, grad_loss, None)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return TransformableLoss.jvp(ctx, *tangents)[0]
+        return TracedLoss.backward(ctx, grad_loss, None)[0], None
 
 
 class LogitsGradient(torch.autograd.Function):

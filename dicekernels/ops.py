@@ -126,7 +126,7 @@ def _fake_sums_backward(grad_loss: Tensor | None, logits: Tensor, *_: Any) -> Te
 
 def _loss(namespace: str, *args: Any) -> tuple[Tensor, Tensor]:
     tensors, spec, dtype = loss_args(args)
-    return run_loss(*tensors, spec, namespace, dtype)
+    return run_loss(*(*tensors, spec, namespace, dtype))
 
 
 def _fake_loss(*args: Any) -> tuple[Tensor, Tensor]:
@@ -253,9 +253,21 @@ def run_totals(logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSp
     return call_sums(namespace, logits, target, mask, spec).sum(1)
 
 
-def run_loss(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """Loss and coef of (logits, target, mask, *Weights, spec, namespace, dtype), without derivatives."""
-    logits, target, mask, *weights, spec, namespace, dtype = inputs
+def run_loss(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    class_weight: Tensor | None,
+    pos_weight: Tensor | None,
+    neg_weight: Tensor | None,
+    region_lambda: Tensor | None,
+    voxel_lambda: Tensor | None,
+    spec: LossSpec,
+    namespace: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Loss and coef, without derivatives."""
+    weights = (class_weight, pos_weight, neg_weight, region_lambda, voxel_lambda)
     slots = call_sums(namespace, logits, target, mask, spec.sums)
     numbers = spec.finish.args(logits.numel() == 0)
     result: tuple[Tensor, Tensor] = handles[namespace].finish(

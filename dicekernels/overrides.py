@@ -28,7 +28,7 @@ def overridden(module: nn.Module, kind: type[nn.Module]) -> tuple[str, ...]:
     Raises:
         TypeError: a submodule was set under the name of a method, where no lookup finds it.
     """
-    names = []
+    names: tuple[str, ...] = ()
     for name, method in _original[kind].items():
         if name in module._modules:
             raise TypeError(
@@ -36,8 +36,8 @@ def overridden(module: nn.Module, kind: type[nn.Module]) -> tuple[str, ...]:
                 "finds first; set a function, or override the method in a subclass"
             )
         if name in module.__dict__ or getattr(type(module), name) is not method:
-            names.append(name)
-    return tuple(names)
+            names += (name,)
+    return names
 
 
 def refuse(module: nn.Module, names: tuple[str, ...], remedy: str) -> None:

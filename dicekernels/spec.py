@@ -42,6 +42,10 @@ class VoxelTerm(IntEnum):
     FOCAL_SOFTMAX = 4
 
 
+# Of z and g of each class by itself; the other terms are of log p of a softmax.
+BINARY_TERMS = (VoxelTerm.BCE, VoxelTerm.FOCAL_SIGMOID)
+
+
 class Formula(IntEnum):
     """How the overlap rows become a loss."""
 
@@ -133,7 +137,7 @@ def needed_rows(
         rows |= TN
     if voxel_term != VoxelTerm.NONE:
         rows |= POS | N
-    if voxel_term in (VoxelTerm.BCE, VoxelTerm.FOCAL_SIGMOID):
+    if voxel_term in BINARY_TERMS:
         rows |= NEG
     if label_smoothing != 0.0:
         rows |= LS
@@ -164,12 +168,16 @@ class Numbers:
     """A frozen dataclass of numbers: its fields, in their order, are arguments of an op."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
-    _args: tuple[Any, ...]
+    # Made at the first call of ``_numbers``.
+    _args: tuple[Any, ...] | None = None
 
-    def __post_init__(self) -> None:
-        values = [getattr(self, name) for name in self.__dataclass_fields__]
-        args = tuple(int(value) if isinstance(value, IntEnum) else value for value in values)
-        object.__setattr__(self, "_args", args)
+    def _numbers(self) -> tuple[Any, ...]:
+        args = self._args
+        if args is None:
+            values = [getattr(self, name) for name in self.__dataclass_fields__]
+            args = tuple(int(value) if isinstance(value, IntEnum) else value for value in values)
+            object.__setattr__(self, "_args", args)
+        return args
 
     @classmethod
     @functools.cache
@@ -219,7 +227,7 @@ class SumsSpec(Numbers):
 
     def args(self) -> tuple[Any, ...]:
         """The trailing arguments of the ops ``sums`` and ``sums_backward``."""
-        return self._args
+        return self._numbers()
 
 
 @dataclass(frozen=True)
@@ -250,7 +258,7 @@ class FinishSpec(Numbers):
 
     def args(self, empty: bool) -> tuple[Any, ...]:
         """The trailing arguments of the op ``finish`` after ``rows``."""
-        return (*self._args, empty)
+        return (*self._numbers(), empty)
 
     def loss_shape(self, samples: int, classes: int) -> tuple[int, ...]:
         """Shape of the op's loss: () when reduced, else (groups, outputs)."""

@@ -13,11 +13,13 @@ from torch.nn import functional as F
 from .. import finish as formulas
 from ..spec import (
     BAD,
+    BINARY_TERMS,
     FN,
     FP,
     LS,
     NEG,
     POS,
+    ROWS,
     TN,
     Activation,
     FinishSpec,
@@ -132,76 +134,98 @@ class Piece:
             return p * (slope - (p * slope).sum(1, keepdim=True))
         return slope * p * torch.sigmoid(-self.z) if self.spec.activation == Activation.SIGMOID else slope
 
-    def modulation(self, s: Tensor) -> Tensor:
-        """sigmoid(s)^gamma; 1 for gamma = 0, also of an infinite s."""
-        gamma = self.spec.focal_gamma
-        return torch.ones_like(s) if gamma == 0 else torch.exp(gamma * F.logsigmoid(s))
+    def log_p(self) -> tuple[Tensor, Tensor]:
+        """log p of the softmax from ``first_class`` on, and that of each voxel's label alone.
 
-    def own_log_p(self, log_p: Tensor) -> Tensor:
-        """log p of each voxel's label, 0 in the other classes: what they add is 0 and not 0 * inf."""
+        The second is 0 in the other classes of a label map: what they add is 0 and not 0 * inf.
+        """
+        every = torch.log_softmax(self.z[:, self.spec.first_class :], 1)
         if self.spec.dense:
-            return log_p
-        return torch.where(self.g[:, self.spec.first_class :] != 0, log_p, 0.0)
-
-    def voxel_gradient(self, a: dict[int, Tensor]) -> Tensor:
-        """Gradient of the POS, NEG and LS rows in z, without the weight m."""
-        z, g, gamma = self.z, self.g, self.spec.focal_gamma
-        if self.spec.voxel_term == VoxelTerm.CE:
-            pull = a[POS] * g + a[LS]
-            return torch.softmax(z, 1) * pull.sum(1, keepdim=True) - pull
-        if self.spec.voxel_term == VoxelTerm.BCE:
-            return a[NEG] * (1 - g) * torch.sigmoid(z) - a[POS] * g * torch.sigmoid(-z)
-        if self.spec.voxel_term == VoxelTerm.FOCAL_SIGMOID and not self.spec.dense:
-            hit = g != 0
-            s = torch.where(hit, z, -z)
-            right, wrong, surprise = torch.sigmoid(s), torch.sigmoid(-s), -F.logsigmoid(s)
-            slope = -self.modulation(-s) * (gamma * right * surprise + wrong)
-            return torch.where(hit, a[POS], -a[NEG]) * slope
-        if self.spec.voxel_term == VoxelTerm.FOCAL_SIGMOID:
-            sign = 2 * g - 1
-            bce = z * (1 - g) - F.logsigmoid(z)
-            slope = torch.sigmoid(z) - g - gamma * sign * torch.sigmoid(z * sign) * bce
-            slope = slope * self.modulation(-z * sign)
-            return (a[POS] * g + a[NEG] * (1 - g)) * slope
-        every = torch.log_softmax(z[:, self.spec.first_class :], 1)
-        p, log_p = every.exp(), self.own_log_p(every)
-        own_p = log_p.exp()
-        certain = own_p >= 1
-        rest = torch.where(certain, 1.0, 1 - own_p)
-        slope = rest**gamma * (gamma * own_p * log_p / rest - 1)
-        slope = torch.where(certain & (gamma > 0), 0.0, slope)
-        own = (a[POS] * g)[:, self.spec.first_class :] * slope
-        gradient = own - p * own.sum(1, keepdim=True)
-        return torch.cat([torch.zeros_like(z[:, : self.spec.first_class]), gradient], 1)
+            return every, every
+        return every, torch.where(self.g[:, self.spec.first_class :] != 0, every, 0.0)
 
     def voxel_terms(self) -> dict[int, Tensor]:
         """POS, NEG and LS of every voxel, already weighted."""
         z, g, m, spec = self.z, self.g, self.m, self.spec
-        if spec.voxel_term == VoxelTerm.CE:
-            nll = -torch.log_softmax(z, 1)
-            # 0 * inf is no part of the sum over hard labels.
-            pos = torch.where(g == 0, 0.0, nll) * g if not spec.dense else g * nll
-            return {POS: m * pos, LS: m * nll}
-        if spec.voxel_term == VoxelTerm.BCE:
-            return {POS: m * g * -F.logsigmoid(z), NEG: m * (1 - g) * -F.logsigmoid(-z)}
-        if spec.voxel_term == VoxelTerm.FOCAL_SIGMOID and not spec.dense:
-            # A target of 0 or 1 turns the logit around: no infinity is taken from another one.
-            hit = g != 0
-            s = torch.where(hit, z, -z)
-            loss = m * self.modulation(-s) * -F.logsigmoid(s)
-            return {POS: torch.where(hit, loss, 0.0), NEG: torch.where(hit, 0.0, loss)}
-        if spec.voxel_term == VoxelTerm.FOCAL_SIGMOID:
-            bce = z * (1 - g) - F.logsigmoid(z)
-            loss = m * self.modulation(-z * (2 * g - 1)) * bce
-            return {POS: g * loss, NEG: (1 - g) * loss}
-        log_p = self.own_log_p(torch.log_softmax(z[:, spec.first_class :], 1))
-        loss = -log_p
-        if spec.focal_gamma != 0:
-            rest = 1 - log_p.exp()
-            certain = rest <= 0  # there the slope of rest^gamma is infinite for gamma < 1
-            loss = torch.where(certain, 0.0, torch.where(certain, 1.0, rest) ** spec.focal_gamma * loss)
-        loss = torch.cat([torch.zeros_like(z[:, : spec.first_class]), loss], 1)
-        return {POS: m * g * loss}
+        if spec.voxel_term not in BINARY_TERMS:
+            every, own = self.log_p()
+            loss = self._behind_first(softmax_term(spec, own)[0])
+            terms = {POS: m * (g * loss)}
+            if spec.rows & LS:
+                terms[LS] = m * self._behind_first(softmax_term(spec, every)[0])
+            return terms
+        if spec.dense:
+            positive, negative, _ = binary_term(spec, z, g, g, 1 - g)
+            return {POS: m * g * positive, NEG: m * (1 - g) * negative}
+        hit = g != 0
+        loss = m * hard_term(spec, torch.where(hit, z, -z))[0]
+        return {POS: torch.where(hit, loss, 0.0), NEG: torch.where(hit, 0.0, loss)}
+
+    def voxel_gradient(self, a: dict[int, Tensor]) -> Tensor:
+        """Gradient of the POS, NEG and LS rows in z, without the weight m."""
+        z, g, spec = self.z, self.g, self.spec
+        if spec.voxel_term not in BINARY_TERMS:
+            every, own = self.log_p()
+            pull = (a[POS] * g)[:, spec.first_class :] * softmax_term(spec, own)[1]
+            if spec.rows & LS:
+                pull = pull + a[LS][:, spec.first_class :] * softmax_term(spec, every)[1]
+            p = torch.softmax(z[:, spec.first_class :], 1)
+            return self._behind_first(pull - p * pull.sum(1, keepdim=True))
+        if spec.dense:
+            return binary_term(spec, z, g, a[POS] * g, a[NEG] * (1 - g))[2]
+        hit = g != 0
+        return torch.where(hit, a[POS], -a[NEG]) * hard_term(spec, torch.where(hit, z, -z))[1]
+
+    def _behind_first(self, x: Tensor) -> Tensor:
+        """Of the classes from ``first_class`` on, with zeros for those before."""
+        return F.pad(x, (0, 0, self.spec.first_class, 0)) if self.spec.first_class else x
+
+
+# Voxel terms are of two families, and a new one is a branch of one of them: loss and slope of every voxel and
+# class, without weights.
+
+
+def softmax_term(spec: SumsSpec, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of a voxel of this class, and its slope in log p."""
+    gamma = spec.focal_gamma
+    if spec.voxel_term == VoxelTerm.CE or gamma == 0:
+        return -log_p, torch.full_like(log_p, -1.0)
+    p = log_p.exp()
+    certain = p >= 1  # there the slope of rest^gamma is infinite for gamma < 1
+    rest = torch.where(certain, 1.0, 1 - p)
+    power = rest**gamma
+    loss = torch.where(certain, 0.0, power * -log_p)
+    return loss, torch.where(certain, 0.0, power * (gamma * p * log_p / rest - 1))
+
+
+def hard_term(spec: SumsSpec, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a target of 0 or 1, which turns the logit around: loss and slope in s = z (2g - 1).
+
+    No infinity is taken from another one.
+    """
+    right, wrong, surprise = torch.sigmoid(s), torch.sigmoid(-s), -F.logsigmoid(s)
+    if spec.voxel_term == VoxelTerm.BCE:
+        return surprise, -wrong
+    modulation = _modulation(spec, -s)
+    return modulation * surprise, -modulation * (spec.focal_gamma * right * surprise + wrong)
+
+
+def binary_term(spec: SumsSpec, z: Tensor, g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses that the target weighs by g and by 1 - g, and the slope in z of ``a`` first + ``b`` second."""
+    if spec.voxel_term == VoxelTerm.BCE:
+        return -F.logsigmoid(z), -F.logsigmoid(-z), b * torch.sigmoid(z) - a * torch.sigmoid(-z)
+    sign = 2 * g - 1
+    bce = z * (1 - g) - F.logsigmoid(z)
+    slope = torch.sigmoid(z) - g - spec.focal_gamma * sign * torch.sigmoid(z * sign) * bce
+    modulation = _modulation(spec, -z * sign)
+    loss = modulation * bce
+    return loss, loss, (a + b) * (slope * modulation)
+
+
+def _modulation(spec: SumsSpec, s: Tensor) -> Tensor:
+    """sigmoid(s)^gamma; 1 for gamma = 0, also of an infinite s."""
+    gamma = spec.focal_gamma
+    return torch.ones_like(s) if gamma == 0 else torch.exp(gamma * F.logsigmoid(s))
 
 
 def _piece_rows(piece: Piece, chunk: int) -> Tensor:
@@ -221,7 +245,7 @@ def _piece_rows(piece: Piece, chunk: int) -> Tensor:
     voxels = g.shape[2]
     chunks = max(1, -(-voxels // chunk))
     sums = []
-    for bit in (I, FP, FN, G, POS, NEG, LS, N, BAD, TN):
+    for bit in (1 << place for place in range(len(ROWS))):
         if rows & bit == BAD:
             edges = (0, chunks - 1, 0, g.shape[1] - 1, 0, g.shape[0] - 1)
             sums.append(F.pad(piece.bad.view(1, 1, 1), edges))

@@ -88,10 +88,10 @@ class TwoHalves(Loss):
         for method in overridden(self, self.KIND):
             if method != "forward":
                 return (f"{method} is overridden",) * 2
-        for one in self.CONDITIONS:
-            expected = one.value if one.other is None else getattr(parts[one.other], one.name)
-            if one.part != skip and getattr(parts[one.part], one.name) != expected:
-                return (one.reason,) * 2
+        for part, name, other, value, reason in self.CONDITIONS:
+            expected = value if other is None else getattr(parts[other], name)
+            if part != skip and getattr(parts[part], name) != expected:
+                return (reason,) * 2
         return "", ""
 
     def _begin_apart(
@@ -118,10 +118,11 @@ class TwoHalves(Loss):
 
     def factor(self, name: str) -> float | Tensor:
         """A lambda as the functions take it."""
-        set_plainly = name in self.__dict__ and not _is_property(type(self), name)
-        if torch.compiler.is_compiling() and set_plainly and _traced(name) in self.__dict__:
-            traced: Tensor = self.__dict__[_traced(name)]
-            return traced
+        if torch.compiler.is_compiling():
+            set_plainly = name in self.__dict__ and not _is_property(type(self), name)
+            if set_plainly and _traced(name) in self.__dict__:
+                traced: Tensor = self.__dict__[_traced(name)]
+                return traced
         value: float | Tensor = getattr(self, name)
         return value
 

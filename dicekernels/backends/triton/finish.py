@@ -67,25 +67,19 @@ REGISTERS = {"maxnreg": 255} if compiles_ptx() else {}
 
 @triton.jit(
     do_not_specialize=["samples", "chunks", "classes"],
-    do_not_specialize_on_alignment=[
-        "class_weight",
-        "pos_weight",
-        "neg_weight",
-        "region_lambda",
-        "voxel_lambda",
-    ],
+    do_not_specialize_on_alignment=list(Weights._fields),
 )
 def finish_kernel(
-    sums,
-    totals,
-    tickets,
-    loss,
-    coef,
-    class_weight,
-    pos_weight,
-    neg_weight,
-    region_lambda,
-    voxel_lambda,
+    sums,  # (B, chunks, C, WIDTH) float64
+    totals,  # (B, C, WIDTH) float64, room for the sums over the chunks
+    tickets,  # (1,) int32, 0
+    loss,  # () or (groups, outputs)
+    coef,  # (B, C, WIDTH) float64
+    class_weight,  # (C - SKIPPED,)
+    pos_weight,  # (C,)
+    neg_weight,  # (C,)
+    region_lambda,  # (); None: region_value
+    voxel_lambda,  # (); None: voxel_value
     region_value: tl.float64,
     voxel_value: tl.float64,
     kappa: tl.float64,
@@ -177,20 +171,9 @@ def finish_kernel(
             i, fp, fn, g, tn, overlaps, numbers, FORMULA, TRANSFORM, GDL_WEIGHT
         )
         mask = (b == 0) & (c < classes)
+        at_terms = (b, c, mask, outputs)
         region = add_terms(
-            region,
-            loss,
-            value,
-            weight,
-            region_factor,
-            b,
-            c,
-            mask,
-            outputs,
-            spoilt,
-            FORMULA,
-            SKIPPED,
-            REDUCTION,
+            region, loss, value, weight, region_factor, at_terms, spoilt, FORMULA, SKIPPED, REDUCTION
         )
 
     voxel_factor = factor(voxel_lambda, voxel_value)
@@ -213,20 +196,9 @@ def finish_kernel(
             value, d_i, d_fp, d_fn, d_tn = region_terms(
                 i, fp, fn, g, tn, overlaps & valid, numbers, FORMULA, TRANSFORM, GDL_WEIGHT
             )
+            at_terms = (sample, c, valid, outputs)
             region = add_terms(
-                region,
-                loss,
-                value,
-                weight,
-                region_factor,
-                sample,
-                c,
-                valid,
-                outputs,
-                spoilt,
-                FORMULA,
-                SKIPPED,
-                REDUCTION,
+                region, loss, value, weight, region_factor, at_terms, spoilt, FORMULA, SKIPPED, REDUCTION
             )
         store_slopes(coef, at, tl.where(overlaps, share * d_i, zeros), valid, spoilt, PLACES[ROW_I])
         store_slopes(coef, at, tl.where(overlaps, share * d_fp, zeros), valid, spoilt, PLACES[ROW_FP])

@@ -9,12 +9,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...spec import ROWS, SumsSpec, VoxelTerm, row_index
+from ...spec import BINARY_TERMS, ROWS, SumsSpec, row_index
 from .configs import Tile, choose_tile
 from .support import compiles_ptx
 
 # Voxel offsets are int32 inside of a sample.
 MAX_VOXELS = 2**31 - 2**20
+
+
+# The integers of ``Problem.numbers``, parameters of both kernels. A variant for each multiple of 16 would be
+# compiled in the middle of a training with patches of many sizes, so these are not specialized.
+NUMBERS = (
+    *("voxels", "logits_batch", "logits_channel", "logits_voxel", "target_batch", "target_channel"),
+    *("target_voxel", "mask_batch", "mask_voxel", "ignore_index", "one"),
+)
 
 
 class View(NamedTuple):
@@ -131,7 +139,7 @@ class Problem:
         out = seen if gradient is None else view_of(gradient, 2)
         itemsize = logits.element_size()
         channels_last = seen.voxel != 1 and seen.channel == 1
-        binary = spec.voxel_term in (VoxelTerm.BCE, VoxelTerm.FOCAL_SIGMOID)
+        binary = spec.voxel_term in BINARY_TERMS
         tile = choose_tile(
             classes, itemsize, channels_last, gradient is not None, spec.dense, mask is not None, binary
         )
@@ -142,7 +150,7 @@ class Problem:
         return self.logits.data, self.target.data, (self.mask or self.logits).data
 
     def numbers(self) -> tuple[int, ...]:
-        """The run-time integers from ``voxels`` to ``one``."""
+        """The run-time integers by the names of NUMBERS."""
         ignored = self.spec.ignore_index
         mask = (0, 0) if self.mask is None else (self.mask.batch, self.mask.voxel)
         return (
@@ -172,6 +180,7 @@ class Problem:
             "ACTIVATION": int(spec.activation),
             "OVERLAP": int(spec.overlap),
             "VOXEL_TERM": int(spec.voxel_term),
+            "BINARY": spec.voxel_term in BINARY_TERMS,
             "PLACES": places(spec.rows),
             "HAS_IGNORE": spec.ignore_index is not None and not spec.dense,
             "PRODUCT_MASK": spec.product_mask,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codes import BCE, PRODUCT, SIGMOID, SOFTMAX
+from .codes import PRODUCT, SIGMOID, SOFTMAX
 from .loads import exponential, exponents, logarithm, natural
 from .tile import add_where, all_voxels, class_sum, per_voxel, tile_sums
-from .voxel_math import hard_focal, overlap_terms, reciprocal, sigmoid, sigmoid_focal, softmax_focal, softplus
+from .voxel_math import binary_term, hard_term, overlap_terms, reciprocal, sigmoid, softmax_term
 
 
 @triton.jit
@@ -119,35 +119,27 @@ def binary_rows(
     ASM: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    """(POS, NEG) of BCE and of the sigmoid focal loss."""
+    """(POS, NEG) of a binary term."""
     if DENSE:
-        if VOXEL_TERM == BCE:
-            positive = g * softplus(-z)
-            negative = (1 - g) * softplus(z)
-        else:
-            loss, _ = sigmoid_focal(z, g, GAMMA, ASM)
-            positive = g * loss
-            negative = (1 - g) * loss
+        positive, negative, _ = binary_term(z, g, g, 1 - g, VOXEL_TERM, GAMMA, ASM)
+        positive = g * positive
+        negative = (1 - g) * negative
     else:
-        s = tl.where(hit, z, -z)
-        if VOXEL_TERM == BCE:
-            loss = softplus(-s)
-        else:
-            loss, _ = hard_focal(s, GAMMA, ASM)
+        loss, _ = hard_term(tl.where(hit, z, -z), VOXEL_TERM, GAMMA, ASM)
         positive = tl.where(hit, loss, 0.0)
         negative = tl.where(hit, 0.0, loss)
     return weighted(positive, inside, m, MASKED, SHAPE), weighted(negative, inside, m, MASKED, SHAPE)
 
 
 @triton.jit
-def focal_log_p(z, c, within, FIRST_CLASS: tl.constexpr, SHAPE: tl.constexpr, EVEN: tl.constexpr):
+def shifted_log_p(z, c, within, FIRST_CLASS: tl.constexpr, SHAPE: tl.constexpr, EVEN: tl.constexpr):
     """log of the softmax over the classes from FIRST_CLASS on."""
     t = exponents(tl.where(c >= FIRST_CLASS, z, float("-inf")), within, True, SHAPE, EVEN)
     return natural(t - per_voxel(logarithm(class_sum(exponential(t), SHAPE)), SHAPE))
 
 
 @triton.jit
-def focal_row(
+def softmax_row(
     log_p,
     c,
     g,
@@ -155,13 +147,14 @@ def focal_row(
     inside,
     m,
     DENSE: tl.constexpr,
+    VOXEL_TERM: tl.constexpr,
     GAMMA: tl.constexpr,
     FIRST_CLASS: tl.constexpr,
     MASKED: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    """m g (1 - p)^gamma (-log p) of the classes from FIRST_CLASS on."""
-    loss, _ = softmax_focal(log_p, GAMMA)
+    """POS of a softmax term of the classes from FIRST_CLASS on."""
+    loss, _ = softmax_term(log_p, VOXEL_TERM, GAMMA)
     if DENSE:
         x = tl.where(c >= FIRST_CLASS, g * loss, 0.0)
     else:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codes import BCE, PRODUCT
+from .codes import PRODUCT
 from .tile import class_sum, per_voxel
-from .voxel_math import hard_focal, overlap_slope, sigmoid, sigmoid_focal, softmax_focal
+from .voxel_math import binary_term, hard_term, overlap_slope, softmax_term
 
 
 @triton.jit
@@ -70,23 +70,17 @@ def binary_gradient(
     GAMMA: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Of BCE and of the sigmoid focal loss."""
-    if VOXEL_TERM == BCE:
-        p, q = sigmoid(z, ASM)
-        if DENSE:
-            return a_neg * (1 - g) * p - a_pos * g * q
-        else:
-            return tl.where(hit, -a_pos * q, a_neg * p)
-    elif DENSE:
-        _, slope = sigmoid_focal(z, g, GAMMA, ASM)
-        return (a_pos * g + a_neg * (1 - g)) * slope
+    """Of a binary term."""
+    if DENSE:
+        _, _, slope = binary_term(z, g, a_pos * g, a_neg * (1 - g), VOXEL_TERM, GAMMA, ASM)
+        return slope
     else:
-        _, slope = hard_focal(tl.where(hit, z, -z), GAMMA, ASM)
+        _, slope = hard_term(tl.where(hit, z, -z), VOXEL_TERM, GAMMA, ASM)
         return tl.where(hit, a_pos, -a_neg) * slope
 
 
 @triton.jit
-def focal_gradient(
+def softmax_gradient(
     log_p,
     c,
     g,
@@ -94,12 +88,13 @@ def focal_gradient(
     a_pos,
     C: tl.constexpr,
     DENSE: tl.constexpr,
+    VOXEL_TERM: tl.constexpr,
     GAMMA: tl.constexpr,
     FIRST_CLASS: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    """Of the softmax focal loss over the classes from FIRST_CLASS on."""
-    _, slope = softmax_focal(log_p, GAMMA)
+    """Of a softmax term over the classes from FIRST_CLASS on."""
+    _, slope = softmax_term(log_p, VOXEL_TERM, GAMMA)
     if DENSE:
         # Beside the classes log p is -inf and the slope NaN.
         own = tl.where((c >= FIRST_CLASS) & (c < C), a_pos * g * slope, 0.0)

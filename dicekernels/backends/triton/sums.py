@@ -9,10 +9,8 @@ from torch import Tensor
 
 from ...spec import RUN_VOXELS, SumsSpec, chunk_count, chunk_voxels
 from .codes import (
-    BCE,
     CE,
-    FOCAL_SIGMOID,
-    FOCAL_SOFTMAX,
+    NONE,
     ROW_BAD,
     ROW_FN,
     ROW_FP,
@@ -27,7 +25,7 @@ from .codes import (
 )
 from .launch import Launch, launch
 from .loads import exponential, exponents, load_inputs, logarithm
-from .problem import Problem, flat_inputs
+from .problem import NUMBERS, Problem, flat_inputs
 from .rows import (
     add_ce,
     add_negatives,
@@ -35,9 +33,9 @@ from .rows import (
     add_run,
     add_volume,
     binary_rows,
-    focal_log_p,
-    focal_row,
     probabilities,
+    shifted_log_p,
+    softmax_row,
     store_row,
     weighted,
 )
@@ -45,32 +43,15 @@ from .tile import all_voxels, class_index, class_offset, class_sum, per_voxel, t
 from .voxel_math import LN2
 
 
-# A variant for each multiple of 16 would be compiled in the middle of a training with patches of many sizes.
-@triton.jit(
-    do_not_specialize=[
-        "chunks",
-        "runs",
-        "voxels",
-        "logits_batch",
-        "logits_channel",
-        "logits_voxel",
-        "target_batch",
-        "target_channel",
-        "target_voxel",
-        "mask_batch",
-        "mask_voxel",
-        "ignore_index",
-        "one",
-    ]
-)
+@triton.jit(do_not_specialize=["chunks", "runs", *NUMBERS])
 def sums_kernel(
-    logits,
-    target,
-    mask,
-    slots,
+    logits,  # (B, C, V)
+    target,  # (B, C, V) values or (B, V) labels
+    mask,  # (B, V); read if MASKED
+    slots,  # (B, chunks, C, WIDTH) float64
     chunks,
-    runs,
-    voxels,
+    runs,  # of RUN voxels in a chunk
+    voxels,  # over VOXEL_UNIT
     logits_batch,
     logits_channel,
     logits_voxel,
@@ -86,6 +67,7 @@ def sums_kernel(
     ACTIVATION: tl.constexpr,
     OVERLAP: tl.constexpr,
     VOXEL_TERM: tl.constexpr,
+    BINARY: tl.constexpr,
     HAS_IGNORE: tl.constexpr,
     PRODUCT_MASK: tl.constexpr,
     GAMMA: tl.constexpr,
@@ -104,8 +86,9 @@ def sums_kernel(
 ):
     ACC: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     SELECT: tl.constexpr = MASKED or HAS_IGNORE
+    SOFTMAX_TERM: tl.constexpr = VOXEL_TERM != NONE and VOXEL_TERM != CE and not BINARY
     NEEDS_SOFTMAX: tl.constexpr = ACTIVATION == SOFTMAX or VOXEL_TERM == CE
-    PAD: tl.constexpr = float("-inf") if NEEDS_SOFTMAX or VOXEL_TERM == FOCAL_SOFTMAX else 0.0
+    PAD: tl.constexpr = float("-inf") if NEEDS_SOFTMAX or SOFTMAX_TERM else 0.0
     BLOCK_N: tl.constexpr = SHAPE[1]
     OVERLAPS: tl.constexpr = PLACES[ROW_I] >= 0 or PLACES[ROW_FP] >= 0 or PLACES[ROW_FN] >= 0
     program = tl.program_id(0)
@@ -151,6 +134,7 @@ def sums_kernel(
         for start in range(0, left, BLOCK_N):
             v = first + start + tl.arange(0, BLOCK_N)
             within = v < voxels
+            # 1. Load.
             z, g, hit, inside, m, bad = load_inputs(
                 logits_row,
                 labels,
@@ -181,6 +165,7 @@ def sums_kernel(
             if not DENSE:
                 wrong = tl.where(bad, wrong + 1, wrong)
 
+            # 2. Softmax.
             t = z
             e = z
             sum_e = z
@@ -188,6 +173,7 @@ def sums_kernel(
                 t = exponents(z, within, VOXEL_TERM == CE, SHAPE, EVEN)
                 e = exponential(t)
                 sum_e = class_sum(e, SHAPE)
+            # 3. Rows.
             if OVERLAPS or PLACES[ROW_TN] >= 0:
                 p = probabilities(z, e, sum_e, inside, ACTIVATION, ASM, SHAPE)
                 if OVERLAPS:
@@ -203,16 +189,19 @@ def sums_kernel(
                 pos = add_ce(pos, nll, g, hit, inside, m, DENSE, MASKED, SHAPE)
                 if PLACES[ROW_LS] >= 0:
                     ls += tile_sums(weighted(nll, inside, m, MASKED, SHAPE), SHAPE)
-            elif VOXEL_TERM == BCE or VOXEL_TERM == FOCAL_SIGMOID:
+            elif BINARY:
                 positive, negative = binary_rows(
                     z, g, hit, inside, m, DENSE, VOXEL_TERM, GAMMA, MASKED, ASM, SHAPE
                 )
                 pos += tile_sums(positive, SHAPE)
                 neg += tile_sums(negative, SHAPE)
-            elif VOXEL_TERM == FOCAL_SOFTMAX:
-                log_p = focal_log_p(z, c, within, FIRST_CLASS, SHAPE, EVEN)
-                x = focal_row(log_p, c, g, hit, inside, m, DENSE, GAMMA, FIRST_CLASS, MASKED, SHAPE)
+            elif SOFTMAX_TERM:
+                log_p = shifted_log_p(z, c, within, FIRST_CLASS, SHAPE, EVEN)
+                x = softmax_row(
+                    log_p, c, g, hit, inside, m, DENSE, VOXEL_TERM, GAMMA, FIRST_CLASS, MASKED, SHAPE
+                )
                 pos += tile_sums(x, SHAPE)
+        # 4. Add the run to the chunk.
         i_totals, fp_totals = add_run(i_totals, fp_totals, i, fp, PLACES[ROW_I], PLACES[ROW_FP], SHAPE)
         fn_totals, pos_totals = add_run(
             fn_totals, pos_totals, fn, pos, PLACES[ROW_FN], PLACES[ROW_POS], SHAPE
@@ -231,6 +220,7 @@ def sums_kernel(
     if VOXEL_TERM == CE and ACC == tl.float32:
         pos_totals = pos_totals * LN2
         ls_totals = ls_totals * LN2
+    # 5. Store.
     WIDTH: tl.constexpr = PLACES[10]  # behind the places of the ten rows
     slot = slots + program.to(tl.int64) * (C * WIDTH)
     store_row(slot, c, i_totals, C, WIDTH, PLACES[ROW_I])

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from ...spec import SumsSpec
 from .codes import (
-    BCE,
     CE,
-    FOCAL_SIGMOID,
-    FOCAL_SOFTMAX,
+    NONE,
     ROW_FN,
     ROW_FP,
     ROW_I,
@@ -25,9 +23,9 @@ from .codes import (
 )
 from .launch import Launch, launch
 from .loads import exponential, exponents, load_inputs, voxel_offset
-from .problem import Problem, flat_inputs, is_flat
-from .rows import focal_log_p, probabilities
-from .slopes import binary_gradient, ce_pull, focal_gradient, load_slope, overlap_slopes
+from .problem import NUMBERS, Problem, flat_inputs, is_flat
+from .rows import probabilities, shifted_log_p
+from .slopes import binary_gradient, ce_pull, load_slope, overlap_slopes, softmax_gradient
 from .tile import class_index, class_offset, class_sum, per_voxel
 
 # Voxels of a program: enough to load the slopes once for many tiles, few enough to fill a GPU.
@@ -48,37 +46,26 @@ def load_grad(grad_loss, sample, c, grad_batch, grad_class, skipped, C: tl.const
         return tl.load(at, mask=(c >= skipped) & (c < C), other=0.0).to(tl.float64)
 
 
-# As in sums.py: no variants for multiples of 16.
-@triton.jit(
-    do_not_specialize=[
-        "grad_batch",
-        "grad_class",
-        "skipped",
-        "gradient_batch",
-        "gradient_channel",
-        "gradient_voxel",
-        "spans",
-        "voxels",
-        "logits_batch",
-        "logits_channel",
-        "logits_voxel",
-        "target_batch",
-        "target_channel",
-        "target_voxel",
-        "mask_batch",
-        "mask_voxel",
-        "ignore_index",
-        "one",
-    ]
+_OWN = (
+    "grad_batch",
+    "grad_class",
+    "skipped",
+    "gradient_batch",
+    "gradient_channel",
+    "gradient_voxel",
+    "spans",
 )
+
+
+@triton.jit(do_not_specialize=[*_OWN, *NUMBERS])
 def sums_backward_kernel(
-    logits,
-    target,
-    mask,
-    coef,
-    grad_loss,
-    gradient,
-    spans,
+    logits,  # (B, C, V)
+    target,  # (B, C, V) values or (B, V) labels
+    mask,  # (B, V); read if MASKED
+    coef,  # (B, C, WIDTH) float64
+    grad_loss,  # () or (groups, outputs); read if GRAD >= 0
+    gradient,  # (B, C, V)
+    spans,  # of SPAN voxels in a sample
     grad_batch,
     grad_class,
     skipped,
@@ -101,6 +88,7 @@ def sums_backward_kernel(
     ACTIVATION: tl.constexpr,
     OVERLAP: tl.constexpr,
     VOXEL_TERM: tl.constexpr,
+    BINARY: tl.constexpr,
     PLACES: tl.constexpr,
     HAS_IGNORE: tl.constexpr,
     PRODUCT_MASK: tl.constexpr,
@@ -119,8 +107,9 @@ def sums_backward_kernel(
     GRAD: tl.constexpr,
 ):
     ACC: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
+    SOFTMAX_TERM: tl.constexpr = VOXEL_TERM != NONE and VOXEL_TERM != CE and not BINARY
     NEEDS_SOFTMAX: tl.constexpr = ACTIVATION == SOFTMAX or VOXEL_TERM == CE
-    PAD: tl.constexpr = float("-inf") if NEEDS_SOFTMAX or VOXEL_TERM == FOCAL_SOFTMAX else 0.0
+    PAD: tl.constexpr = float("-inf") if NEEDS_SOFTMAX or SOFTMAX_TERM else 0.0
     BLOCK_N: tl.constexpr = SHAPE[1]
     OVERLAPS: tl.constexpr = PLACES[ROW_I] >= 0 or PLACES[ROW_FP] >= 0 or PLACES[ROW_FN] >= 0
     WIDTH: tl.constexpr = PLACES[10]  # behind the places of the ten rows
@@ -157,6 +146,7 @@ def sums_backward_kernel(
     for start in range(0, tl.minimum(SPAN, voxels - first), BLOCK_N):
         v = first + start + tl.arange(0, BLOCK_N)
         within = v < voxels
+        # 1. Load.
         z, g, hit, inside, m, _ = load_inputs(
             logits_row,
             labels,
@@ -181,12 +171,14 @@ def sums_backward_kernel(
             EVEN,
         )
 
+        # 2. Softmax.
         p = z
         pull = z
         result = tl.zeros_like(z)
         if NEEDS_SOFTMAX:
             e = exponential(exponents(z, within, False, SHAPE, EVEN))
             p = probabilities(z, e, class_sum(e, SHAPE), inside, SOFTMAX, ASM, SHAPE)
+        # 3. Rows.
         if VOXEL_TERM == CE:
             pull = ce_pull(g, hit, a_pos, a_ls, DENSE, PLACES[ROW_LS] >= 0)
         if OVERLAPS:
@@ -210,11 +202,14 @@ def sums_backward_kernel(
             if not OVERLAPS or ACTIVATION != SOFTMAX:
                 result += p * per_voxel(class_sum(pull, SHAPE), SHAPE)
             result -= pull
-        elif VOXEL_TERM == BCE or VOXEL_TERM == FOCAL_SIGMOID:
+        elif BINARY:
             result += binary_gradient(z, g, hit, a_pos, a_neg, DENSE, VOXEL_TERM, GAMMA, ASM)
-        elif VOXEL_TERM == FOCAL_SOFTMAX:
-            log_p = focal_log_p(z, c, within, FIRST_CLASS, SHAPE, EVEN)
-            result += focal_gradient(log_p, c, g, hit, a_pos, C, DENSE, GAMMA, FIRST_CLASS, SHAPE)
+        elif SOFTMAX_TERM:
+            log_p = shifted_log_p(z, c, within, FIRST_CLASS, SHAPE, EVEN)
+            result += softmax_gradient(
+                log_p, c, g, hit, a_pos, C, DENSE, VOXEL_TERM, GAMMA, FIRST_CLASS, SHAPE
+            )
+        # 4. Store.
         if MASKED:
             result *= per_voxel(m, SHAPE)
         if MASKED or HAS_IGNORE or not DENSE:

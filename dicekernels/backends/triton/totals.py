@@ -107,17 +107,15 @@ def add_terms(
     value,
     weight,
     factor,
-    group,
-    c,
-    mask,
-    outputs,
+    place,
     spoilt,
     FORMULA: tl.constexpr,
     SKIPPED: tl.constexpr,
     REDUCTION: tl.constexpr,
 ):
     """Terms of the overlap loss: times ``factor`` to their places if there is no reduction, else times
-    ``weight`` to those before."""
+    ``weight`` to those before. ``place``: group, class, mask, and how many outputs a group has."""
+    group, c, mask, outputs = place
     if FORMULA == GENERALIZED:
         mask = mask & (c == 0)
         at = tl.where(mask, group, 0)

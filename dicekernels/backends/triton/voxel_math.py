@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codes import PRODUCT, SQUARED, VOXEL_SQUARED
+from .codes import BCE, FOCAL_SOFTMAX, PRODUCT, SQUARED, VOXEL_SQUARED
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -174,3 +174,34 @@ def softmax_focal(log_p, GAMMA: tl.constexpr):
         loss = tl.where(certain, 0.0, -power * log_p)
         slope = power * (GAMMA * p * log_p / safe - 1)
         return loss, tl.where(certain, 0.0, slope)
+
+
+# Voxel terms but the cross entropy, which shares the softmax of the overlap, are of two families: a new one
+# is a branch in one of them, with loss and slope of a voxel and class.
+
+
+@triton.jit
+def softmax_term(log_p, VOXEL_TERM: tl.constexpr, GAMMA: tl.constexpr):
+    """Loss of a voxel of this class, and its slope in log p."""
+    tl.static_assert(VOXEL_TERM == FOCAL_SOFTMAX, "the softmax terms are listed here")
+    return softmax_focal(log_p, GAMMA)
+
+
+@triton.jit
+def hard_term(s, VOXEL_TERM: tl.constexpr, GAMMA: tl.constexpr, ASM: tl.constexpr):
+    """Of a target of 0 or 1: loss and slope in s = z (2g - 1)."""
+    if VOXEL_TERM == BCE:
+        return hard_focal(s, 0, ASM)
+    else:
+        return hard_focal(s, GAMMA, ASM)
+
+
+@triton.jit
+def binary_term(z, g, a, b, VOXEL_TERM: tl.constexpr, GAMMA: tl.constexpr, ASM: tl.constexpr):
+    """Losses that the target weighs by g and by 1 - g, and the slope in z of a first + b second."""
+    if VOXEL_TERM == BCE:
+        p, q = sigmoid(z, ASM)
+        return softplus(-z), softplus(z), b * p - a * q
+    else:
+        loss, slope = sigmoid_focal(z, g, GAMMA, ASM)
+        return loss, loss, (a + b) * slope
