@@ -11,6 +11,7 @@ from numbers import Number
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
@@ -117,7 +118,10 @@ class Loss(_Loss):
 
     def _options(self) -> dict[str, Any]:
         """The options of FUNCTION as the attributes hold them."""
-        parts, options = self._parts(), dict[str, Any]()
+        parts = self._parts()
+        if torch.compiler.is_compiling():  # Dynamo knows no attrgetter that was made before
+            return {option: getattr(parts[part], name) for part, option, name in self.READ}
+        options: dict[str, Any] = {}
         for part, names, read in self.READERS:
             options.update(zip(names, read(parts[part]), strict=True))
         return options
