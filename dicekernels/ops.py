@@ -228,8 +228,8 @@ def call_sums(namespace: str, logits: Tensor, target: Tensor, mask: Tensor | Non
     if torch.compiler.is_compiling():
         result: Tensor = op(logits, target, mask, *spec.args())
         return result
-    # The kernels of the CPU raise by themselves, as what is in PYTHON where that costs no wait. Those of a GPU
-    # count such labels; whoever launches them decides whether to wait for the count.
+    # The kernels of the CPU raise by themselves, as what is in PYTHON where that costs no wait. Those of a
+    # GPU count such labels; whoever launches them decides whether to wait for the count.
     raises = namespace == "dicekernels" and logits.is_cpu
     if not raises:
         deferred.raise_earlier(logits.device)
