@@ -39,8 +39,7 @@ def fused_loss(tensors: Tensors, spec: LossSpec, namespace: str, dtype: torch.dt
     elif _is_transformed():
         result, _ = TransformableLoss.apply(*tensors, spec, namespace, dtype)  # type: ignore[no-untyped-call]  # torch's
     else:
-        logits, *others = tensors
-        result = DirectLoss.apply(logits, (*others, spec, namespace, dtype))  # type: ignore[no-untyped-call]  # torch's
+        result = DirectLoss.apply(tensors[0], (*tensors[1:], spec, namespace, dtype))  # type: ignore[no-untyped-call]  # torch's
     return result
 
 

@@ -77,7 +77,7 @@ class TwoHalves(Loss):
         """
         parts = self._parts()
         for name, kind in self.PARTS.items():
-            half = parts[name]
+            half = parts.get(name)
             if type(half) is not kind:
                 other = f"its {name} is {type(half).__module__}.{type(half).__qualname__}"
                 return "a half is another module", other

@@ -148,7 +148,7 @@ class Loss(_Loss):
             return None
         parts = self._parts()
         for name, kind in self.PARTS.items():
-            half = parts[name]
+            half = parts.get(name)
             if type(half) is not kind or checks.hooked(half) or overridden(half, kind):
                 return None
         varying = {option: getattr(parts[part], name) for part, option, name in self.VARY}
