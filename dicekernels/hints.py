@@ -1,9 +1,4 @@
-"""What was got, what was expected and what to do: the end of the errors, for the losses and their twins.
-
-TorchScript compiles the functions of lists of sizes and of numbers, too.
-"""
-
-# ruff: noqa: RUF005  TorchScript unpacks no list.
+"""What was got, what was expected and what to do: the end of the errors."""
 
 from __future__ import annotations
 
@@ -28,7 +23,7 @@ def target_text(
         labels: the target is to be a label map; else it has a value for each class.
         swapped: the dtypes are those of swapped arguments.
     """
-    one = shape(logits[:1] + [1] + logits[2:])
+    one = shape([*logits[:1], 1, *logits[2:]])
     if labels:
         expected = f"labels {one} or {shape(logits[:1] + logits[2:])} for {logits_name} {shape(logits)}"
     elif logits[1] == 1:
@@ -58,22 +53,22 @@ def target_remedy(
         return text
     if (target == logits[1:] and samples == 1) or target == space:
         return f"; {target_name} has no batch dimension: use {target_name}[None]"
-    if target == logits[1:] or target == [1] + logits[1:]:
+    if target == logits[1:] or target == [1, *logits[1:]]:
         return (
             f"; if {logits_name} is (C, *S) of one sample, both need a batch dimension: "
             f"{logits_name}[None], {target_name}[None]"
         )
-    if target == [1] + logits or target == [1, 1] + logits[1:]:
+    if target == [1, *logits] or target == [1, 1, *logits[1:]]:
         return f"; {logits_name} has no batch dimension: use {logits_name}[None]"
     if len(target) == 0 or target[0] != samples:
         return f"; take {logits_name} and {target_name} of the same {samples} samples"
-    if target == [samples] + space:
+    if target == [samples, *space]:
         return "; pass to_onehot_y=True for a label map"
     if len(space) > 0:
         last = target[1:-1] == space and (target[-1] == classes or target[-1] == 1)
         if last and len(target) == len(logits):
             return f"; the classes of {target_name} come last: use {target_name}.movedim(-1, 1)"
-        if target[1:] == logits[1:-1] or target[1:] == [1] + logits[1:-1]:
+        if target[1:] == logits[1:-1] or target[1:] == [1, *logits[1:-1]]:
             return f"; the classes of {logits_name} come last: use {logits_name}.movedim(-1, 1)"
     if len(target) == len(logits) and target[2:] == space:
         return channels_remedy(classes, target[1], labels)

@@ -40,9 +40,14 @@ inline Inputs inputs_of(TensorArgument logits, TensorArgument target, OptionalTe
   return in;
 }
 
-// The values in the order of the tensor's indices.
+// The values in the order of the tensor's indices. What is so already takes no way through torch,
+// which costs more than all else that is done to a small tensor.
+inline Tensor in_order(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
 inline Tensor doubles(const Tensor& tensor) {
-  return torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Double));
+  const bool is_double = tensor.scalar_type() == ScalarType::Double;
+  return in_order(is_double ? tensor : torch::stable::to(tensor, ScalarType::Double));
 }
 inline const double* data_of(const Tensor& doubles) {
   return static_cast<const double*>(doubles.const_data_ptr());
@@ -64,6 +69,8 @@ inline Grad grad_of(const Tensor& grad_loss, const Problem& problem) {
   Grad grad;
   grad.data = grad_loss.data_ptr();
   grad.dtype = dtype_of(grad_loss, "grad_loss");
+  STD_TORCH_CHECK(grad.dtype >= DType::f16,
+                  "grad_loss: expected float64, float32, float16 or bfloat16");
   if (grad_loss.dim() == 0) return grad;
   const int64_t groups = grad_loss.size(0), outputs = grad_loss.size(1);
   STD_TORCH_CHECK((groups == 1 || groups == problem.batch) && outputs <= problem.classes,
@@ -107,8 +114,7 @@ inline FinishInputs finish_inputs_of(const Tensor& sums, ScalarType dtype, const
   STD_TORCH_CHECK(loss_dtype >= DType::f16,
                   "dtype: expected float64, float32, float16 or bfloat16");
   const Tensor coef = torch::stable::new_empty(sums, {samples, classes, width});
-  return {f,    samples, sums.size(1), classes, width, torch::stable::contiguous(sums),
-          loss, coef,    loss_dtype};
+  return {f, samples, sums.size(1), classes, width, in_order(sums), loss, coef, loss_dtype};
 }
 
 // An optional argument of finish with a fixed number of values, on the device of the sums. One that

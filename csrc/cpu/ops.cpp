@@ -89,17 +89,29 @@ Tensor sums(DK_SUMS_PARAMETERS) {
   return out;
 }
 
+// Calls f with a zero of the type of a loss or of its gradient.
+template <class F>
+void with_loss(DType dtype, F f) {
+  if (dtype == DType::f16) return f(torch::headeronly::Half());
+  if (dtype == DType::bf16) return f(torch::headeronly::BFloat16());
+  if (dtype == DType::f32) return f(0.0f);
+  f(0.0);
+}
+
 // coef (B, C, R) times grad_loss.
 std::vector<double> scaled_slopes(const Tensor& coef, OptionalTensor grad_loss, const Problem& p) {
   std::vector<double> scaled(data_of(coef), data_of(coef) + coef.numel());
   if (!grad_loss) return scaled;
-  const Tensor values = doubles(*grad_loss);
-  const Grad grad = grad_of(values, p);
+  const Grad grad = grad_of(*grad_loss, p);
   const int64_t width = row_count(p.rows);
   for (int64_t b = 0; b < p.batch; ++b)
     // Background without overlap term has no output: its slopes are zero.
     for (int64_t c = grad.skipped; c < p.classes; ++c) {
-      const double g = data_of(values)[b * grad.batch + (c - grad.skipped) * grad.output];
+      const int64_t at = b * grad.batch + (c - grad.skipped) * grad.output;
+      double g = 0;
+      with_loss(grad.dtype, [&](auto zero) {
+        g = static_cast<double>(static_cast<const decltype(zero)*>(grad.data)[at]);
+      });
       for (int64_t r = 0; r < width; ++r) scaled[(b * p.classes + c) * width + r] *= g;
     }
   return scaled;
@@ -125,15 +137,6 @@ template <class T>
 T narrow(double value) {
   using Via = std::conditional_t<sizeof(T) < sizeof(float), float, T>;
   return T(static_cast<Via>(value));
-}
-
-// Calls f with a zero of the type of a loss.
-template <class F>
-void with_loss(DType dtype, F f) {
-  if (dtype == DType::f16) return f(torch::headeronly::Half());
-  if (dtype == DType::bf16) return f(torch::headeronly::BFloat16());
-  if (dtype == DType::f32) return f(0.0f);
-  f(0.0);
 }
 
 // The rounding of finish() for a loss of this dtype.

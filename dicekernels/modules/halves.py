@@ -88,8 +88,8 @@ class TwoHalves(Loss):
         for method in overridden(self, self.KIND):
             if method != "forward":
                 return (f"{method} is overridden",) * 2
-        for part, name, other, value, reason in self.CONDITIONS:
-            expected = value if other is None else getattr(parts[other], name)
+        for part, name, beside, value, reason in self.CONDITIONS:
+            expected = value if beside is None else getattr(parts[beside], name)
             if part != skip and getattr(parts[part], name) != expected:
                 return (reason,) * 2
         return "", ""

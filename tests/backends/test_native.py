@@ -16,6 +16,7 @@ import torch
 from dicekernels import dispatch
 from dicekernels._version import __version__
 from dicekernels.backends import native
+from dicekernels.ops import OPS
 
 ROOT = native.PACKAGE.parent
 X86 = platform.machine() == "x86_64"
@@ -287,6 +288,11 @@ def test_launch_plan_refuses_what_is_no_problem() -> None:
         launch_plan((1, 2, 8), logits="float8")
     with pytest.raises(ValueError, match=r"expected \(B, C, V\) with at least one class"):
         launch_plan((1, 0, 8))
+
+
+def test_schemas_are_those_of_the_parameters_in_cpp() -> None:
+    module = pytest.importorskip("dicekernels._native", reason="_native was not built")
+    assert module.schemas() == {name: name + op.schema for name, op in OPS.items() if op.compiled}
 
 
 def test_isa_level_is_that_of_the_kernels() -> None:

@@ -111,29 +111,10 @@ void finish_by_team(const FinishSpec& spec, const FinishData& data, int64_t part
 extern "C" int64_t finish_test(int64_t parts, int64_t part_size, int64_t samples, int64_t classes,
                                const double* totals, const double* class_weight,
                                const double* pos_weight, const double* neg_weight,
-                               double region_lambda, double voxel_lambda, int64_t rows,
-                               int64_t formula, double kappa, double alpha, double beta,
-                               double smooth_nr, double smooth_dr, int64_t transform,
-                               double exponent, int64_t gdl_weight, int64_t skipped, int64_t batch,
-                               int64_t reduction, double label_smoothing, int64_t denominator,
-                               int64_t voxel_skipped, int64_t empty, double* loss, double* coef) {
-  const FinishSpec spec{rows,
-                        static_cast<Formula>(formula),
-                        kappa,
-                        alpha,
-                        beta,
-                        smooth_nr,
-                        smooth_dr,
-                        static_cast<Transform>(transform),
-                        exponent,
-                        static_cast<GdlWeight>(gdl_weight),
-                        skipped,
-                        batch != 0,
-                        static_cast<Reduction>(reduction),
-                        label_smoothing,
-                        static_cast<Denominator>(denominator),
-                        voxel_skipped,
-                        empty != 0};
+                               double region_lambda,
+                               double voxel_lambda DK_FINISH_NUMBERS(DK_PARAMETER), double* loss,
+                               double* coef) {
+  const FinishSpec spec{DK_FINISH_NUMBERS(DK_VALUE)};
   std::vector<double> batch_sums(classes * row_count(rows), NAN);
   const FinishData data{samples,      classes,    places_of(rows), totals,        batch_sums.data(),
                         class_weight, pos_weight, neg_weight,      region_lambda, voxel_lambda,

@@ -148,7 +148,7 @@ def test_the_text_of_a_scripted_weight() -> None:
         (
             [1.0] * (C - 1),
             dicekernels.DiceCELoss,
-            "Got 3, expected 4: the weight of DiceCELoss has one for every class",
+            "Got 3, expected 4: the weight of DiceCELoss has one",
         ),
         ([1.0] * C, dicekernels.DiceLoss, "Got 4, expected 3; leave out that of the background, weight[1:]"),
         ([1.0, math.nan, 1.0], dicekernels.DiceLoss, "weight: got nan, expected finite values"),
