@@ -103,11 +103,12 @@ GROUPS = {
             "monai_modules",
             "monai_extras",
             "monai_differential",
+            "plans",
         ),
-        "not (whole or beyond_float16 or extras_are) or (whole and mean-False)"
-        " or (extras_are and values and dtype0)",
-        240,
-        395,
+        "not (whole or beyond_float16 or extras_are or every_attribute) or (whole and mean-False)"
+        " or (extras_are and values and dtype0) or (every_attribute and triton-DiceCELoss)",
+        270,
+        513,
         4,
     ),
     # The arguments go through the same code whatever the loss and the dtype are.
