@@ -36,14 +36,14 @@ def fused_loss(tensors: Tensors, spec: LossSpec, namespace: str, dtype: torch.dt
             result, _ = handles[namespace].loss(*tensors, *numbers, dtype)
         else:
             result, _ = TracedLoss.apply(*tensors, spec, namespace, dtype)  # type: ignore[no-untyped-call]  # torch's
-    elif _is_transformed():
+    elif is_transformed():
         result, _ = TransformableLoss.apply(*tensors, spec, namespace, dtype)  # type: ignore[no-untyped-call]  # torch's
     else:
         result = DirectLoss.apply(tensors[0], (*tensors[1:], spec, namespace, dtype))  # type: ignore[no-untyped-call]  # torch's
     return result
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether torch.func, forward mode or torch.jit.trace ask for more than a loss and its gradient."""
     return (
         torch._C._are_functorch_transforms_active()

@@ -6,6 +6,7 @@ volume before they become a loss.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .autograd import fused_loss, total_sums
+from .autograd import fused_loss, is_transformed, total_sums
 from .finish import VolumeWeight, finish
 from .ops import eager_totals
 from .spec import LossSpec, SumsSpec, Weights
@@ -58,7 +59,7 @@ class Call:
     Attributes:
         dtype: of the loss.
         shape: of the loss; None keeps the shape of the op.
-        between: makes of the (B, C, R) sums those that the formula gets.
+        between: makes of the call and its (B, C, R) sums those that the formula gets.
         volume_weight: class weights of the generalized Dice loss that a user's function makes of the volumes.
         notes: what happens outside the kernels (an activation of the user's, a copy), for ``explain``.
         aside: passes beside the one over the volume, for ``explain``.
@@ -71,7 +72,7 @@ class Call:
     dtype: torch.dtype
     weights: Weights = _NONE
     shape: tuple[int, ...] | None = None
-    between: Callable[[Tensor], Tensor] | None = None
+    between: Callable[[Call, Tensor], Tensor] | None = None
     volume_weight: VolumeWeight | None = None
     notes: tuple[str, ...] = ()
     aside: str = ""
@@ -86,8 +87,12 @@ class Call:
         return ""
 
 
-# Told of every Call and Step in place of running the kernels; None but for ``observed``.
-_observer: Callable[[Call | Step], None] | None = None
+# Who is told of the Calls and Steps of a thread, in place of running the kernels: see ``observed``.
+_observers = threading.local()
+
+
+def _observer() -> Callable[[Call | Step], None] | None:
+    return getattr(_observers, "by", None)
 
 
 @contextmanager
@@ -96,23 +101,22 @@ def observed(by: Callable[[Call | Step], None]) -> Iterator[None]:
 
     What needs PyTorch's own autograd runs, since only then is known what it keeps.
     """
-    global _observer
-    before, _observer = _observer, by
+    before, _observers.by = _observer(), by
     try:
         yield
     finally:
-        _observer = before
+        _observers.by = before
 
 
 def is_observed() -> bool:
-    """Whether losses are built and not run."""
-    return _observer is not None
+    """Whether losses of this thread are built and not run."""
+    return _observer() is not None
 
 
 def record_step(line: str, backend: str = "", reason: str = "", whole: bool = False) -> None:
     """Notes what a function of this package does without a Call: see :class:`Step`."""
-    if _observer is not None:
-        _observer(Step(line, backend, reason, whole))
+    if (by := _observer()) is not None:
+        by(Step(line, backend, reason, whole))
 
 
 def record_dense(reason: str) -> None:
@@ -131,9 +135,9 @@ def run(call: Call) -> Tensor:
     reason = call.eager_reason()
     if reason:
         dispatch.refuse_forced(reason, "detach it or force 'eager'")
-    if _observer is not None:
-        _observer(call)
-        if not reason:
+    if not torch.compiler.is_compiling() and (by := _observer()) is not None:
+        by(call)
+        if not reason and not is_transformed():
             shape = call.spec.finish.loss_shape(*call.logits.shape[:2])
             loss = stand_in(shape, call.dtype, call.logits, call.target, call.mask)
             return loss if call.shape is None else loss.reshape(call.shape)
@@ -143,7 +147,7 @@ def run(call: Call) -> Tensor:
     if reason or call.between is not None or call.volume_weight is not None:
         totals = _totals(call.logits, target, mask, call.spec.sums, eager=bool(reason))
         if call.between is not None:
-            totals = call.between(totals)
+            totals = call.between(call, totals)
         empty = call.logits.numel() == 0
         rows, custom = call.spec.sums.rows, call.volume_weight
         loss = finish(totals, call.weights, rows, call.spec.finish, empty, call.dtype, custom)
@@ -168,7 +172,8 @@ class StandIn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         logits, *others = ctx.saved_tensors
-        return None, None, torch.zeros_like(logits), *(None for _ in others)
+        zeros = grad.sum() * torch.zeros_like(logits)  # in the graph of a second derivative
+        return None, None, zeros, *(None for _ in others)
 
 
 def stand_in(shape: tuple[int, ...], dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:

@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     """A Call without its tensors.
 
     Attributes:
-        watched: options that are tensors, or may be.
+        watched: options that were tensors, and lambdas, which may be.
         weights: (field of Weights, the option that it is).
         lambdas: (field of Weights, the option that it is made of).
     """
@@ -67,16 +67,17 @@ class Plan(NamedTuple):
 
     def run(self, logits: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
         """The loss of these tensors."""
-        made: dict[str, Tensor | None] = {}
-        for field, name in self.lambdas:
-            if options[name] != 1.0 or isinstance(options[name], Tensor):
-                made[field] = checks.factor(name, options[name], logits)
-        for field, name in self.weights:
-            made[field] = options[name]
-            checks.counts(options[name], "the value/values of the `weight` should be no less than 0.")
         mask: Tensor | None = options.get("mask")
         if mask is not None:
             checks.voxel_weights(mask, logits)
+        made: dict[str, Tensor | None] = {}
+        for field, name in self.lambdas:
+            value = options[name]
+            if isinstance(value, Tensor) or value != 1.0:
+                made[field] = checks.factor(name, value, logits)
+        for field, name in self.weights:
+            made[field] = options[name]
+            checks.counts(options[name], "the value/values of the `weight` should be no less than 0.")
         weights = Weights(**made) if made else _NO_WEIGHTS
         loss = fused_loss((logits, target, mask, *weights), self.spec, self.namespace, self.dtype)
         return loss if self.shape is None else loss.reshape(self.shape)
@@ -84,6 +85,8 @@ class Plan(NamedTuple):
 
 _NO_WEIGHTS = Weights()
 _plans: dict[Key, Plan] = {}
+# How often a module asked for a plan in vain.
+_missed: dict[Key, int] = {}
 
 
 def find(
@@ -97,7 +100,7 @@ def find(
     """
     if type(logits) is not Tensor or type(target) is not Tensor or logits.is_nested or target.is_nested:
         return None, None
-    if is_observed() or torch._C._are_functorch_transforms_active():
+    if is_observed() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
         return None, None
     device = logits.device
     if device.type not in _DEVICES:
@@ -113,25 +116,35 @@ def find(
             facts += (name, value.shape, value.dtype, value.device, value.layout)
         elif value is not None:
             facts += (name, value)
-    key = tuple(facts)
+    # Whether a lambda is there decides who reads it.
+    key = (*facts, *[name for name in LAMBDAS if name in options])
     try:
         return key, _plans.get(key)
     except TypeError:  # a list among the options
         return None, None
 
 
-def put(key: Key, plan: Plan) -> None:
-    """Keeps a plan under a key."""
-    if len(_plans) >= LIMIT:
+def put(key: Key, plan: Plan | None) -> None:
+    """Keeps a plan under a key, or that there was none once and once more."""
+    if len(_plans) + len(_missed) >= LIMIT:
         _plans.clear()
-    _plans[key] = plan
+        _missed.clear()
+    if plan is None:
+        _missed[key] = _missed.get(key, 0) + 1
+    else:
+        _plans[key] = plan
+
+
+def is_hopeless(key: Key) -> bool:
+    """Whether a second call had no plan either: its like has none."""
+    return _missed.get(key, 0) > 1
 
 
 def keep(key: Key, call: Call, logits: Tensor, target: Tensor, options: dict[str, Any]) -> None:
     """Keeps the plan of a call whose tensors are the caller's own, and that warned of nothing."""
-    warns = logits.shape[1] == 1 or (
-        options.get("use_softmax") and not options.get("include_background", True)
-    )
+    single, without = logits.shape[1] == 1, not options.get("include_background", True)
+    warns = single and (without or options.get("softmax") or options.get("to_onehot_y"))
+    warns = warns or (options.get("use_softmax") and (without or single))
     own = call.logits is logits and call.target is target and call.mask is options.get("mask")
     if warns or not own or call.between is not None or call.volume_weight is not None or call.notes:
         return

@@ -71,13 +71,13 @@ def _place(part: str, name: str) -> str:
 
 def _expressions(kind: type[Loss]) -> dict[str, str]:
     """Option -> where a scripted loss has it."""
-    places = {option: _place(part, name) for part, option, name in kind.READ}
-    return {**places, **{name: f"self.{name}" for name in kind.FACTORS}, **kind.SCRIPTED}
+    places = {option: _place(part, name) for part, option, name in kind._READ}
+    return {**places, **{name: f"self.{name}" for name in kind.FACTORS}, **kind._SCRIPTED}
 
 
 def register(kind: type[Loss]) -> None:
-    """Defines the op of a class of losses, from FUNCTION's signature; it gives the loss and an error."""
-    function = kind.FUNCTION
+    """Defines the op of a class of losses, from _FUNCTION's signature; it gives the loss and an error."""
+    function = kind._FUNCTION
     parameters = inspect.signature(function).parameters
     schema = []
     for option in (*_expressions(kind), "mask"):
@@ -139,6 +139,10 @@ class StandIn(nn.Module):
         setattr(self.original[0], name, value)
         super().__setattr__(name, value)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Its class was made at run time: another one is, where it is loaded."""
+        return scriptable, self.original
+
     def __prepare_scriptable__(self) -> nn.Module:
         """The loss may have changed since this stand-in was made."""
         # Every loss that has one has this method, which nn.Module does not know.
@@ -147,7 +151,7 @@ class StandIn(nn.Module):
 
 def _source(loss: Loss) -> str:
     """A ``forward`` that TorchScript compiles."""
-    kind, passed = loss.KIND, _expressions(loss.KIND)
+    kind, passed = loss._KIND, _expressions(loss._KIND)
     first, second = list(inspect.signature(kind.forward).parameters)[1:3]
     act = passed.get("other_act", "")
     if act:
@@ -156,7 +160,7 @@ def _source(loss: Loss) -> str:
     lines = [
         f"def forward(self, {first}: Tensor, {second}: Tensor, mask: Optional[Tensor] = None) -> Tensor:"
     ]
-    for one in kind.CONDITIONS:
+    for one in kind._CONDITIONS:
         expected = repr(one.value) if one.other is None else _place(one.other, one.name)
         lines += [
             f"    if not torch.ops.dicekernels_losses.same({_place(one.part, one.name)}, {expected}):",
@@ -196,21 +200,21 @@ def scriptable(loss: Loss) -> nn.Module:
         RuntimeError: a subclass overrides another method that takes part, or the loss was changed in a way
             that a scripted one would not follow.
     """
-    kind: Any = loss.KIND
+    kind: Any = loss._KIND
     if type(loss).forward is not kind.forward and "forward" not in vars(loss):
         return loss
     for name in overridden(loss, kind):
         _refuse(loss, f"it overrides {name}, which {kind.__name__} calls in Python alone")
-    if kind.CONDITIONS:
+    if kind._CONDITIONS:
         _refuse(loss, kind.bent(loss)[1])
     exact: dict[str, Any] = {}
-    if kind.FUNCTION is None:
+    if kind._FUNCTION is None:
         made, exact = _wrapper(loss)
     else:
         made = _compiled(kind.__name__, _source(loss))
         loss._options()  # raises for what must stay as constructed
-        parameters = inspect.signature(kind.FUNCTION).parameters
-        for option, name in kind.OPTIONS[""].items():
+        parameters = inspect.signature(kind._FUNCTION).parameters
+        for option, name in kind._OPTIONS[""].items():
             exact[name] = _type(parameters[option].annotation)[1](getattr(loss, name))
     for name in kind.FACTORS:
         value = getattr(loss, name)
@@ -234,7 +238,7 @@ def _refuse(loss: nn.Module, reason: str) -> None:
 
 
 def _wrapper(loss: Any) -> tuple[type[StandIn], dict[str, Any]]:
-    if loss.KIND.__name__ == "MaskedLoss":
+    if loss._KIND.__name__ == "MaskedLoss":
         return Masked, {}
     called = loss.loss.forward if isinstance(loss.loss, nn.Module) else loss.loss
     weights = None if loss.weights is None else [float(weight) for weight in loss.weights]

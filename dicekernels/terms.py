@@ -64,7 +64,7 @@ def call_of(
     spec = LossSpec.of(
         overlap,
         voxel,
-        reduction=_REDUCTIONS[checks.option("reduction", reduction, tuple(_REDUCTIONS))],
+        reduction=_REDUCTIONS[checks.option("reduction", reduction, ("mean", "sum", "none"))],
         dense=inputs.dense,
         ignore_index=inputs.ignore_index,
         product_mask=inputs.product_mask,

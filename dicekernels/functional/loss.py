@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import checks, plans
 from ..call import Call, record_dense, run
 from ..labels import check_labels, out_of_range
-from ..prepare import like_input, plain
+from ..prepare import kernel_dtype, like_input, plain
 from ..tensors import readable
 
 P = ParamSpec("P")
@@ -24,7 +24,7 @@ Reason = Callable[[Tensor, Tensor, dict[str, Any]], str]
 
 
 def loss(
-    oracle: Callable[..., Tensor] | None = None, more: Reason | None = None
+    oracle: Callable[..., Tensor] | None = None, more: Reason | None = None, *, planned: bool = True
 ) -> Callable[[Callable[P, Built]], Callable[P, Tensor]]:
     """Decorator: makes of a function that builds a Call the loss itself.
 
@@ -33,6 +33,7 @@ def loss(
             and C, and voxel weights beside an ignored class of a soft target. Both run in float64, so no bit
             is lost.
         more: names reasons of this loss alone; those run in the precision of the kernels.
+        planned: a second call of its like is taken from the first one's plan.
     """
 
     def decorate(build: Callable[P, Built]) -> Callable[P, Tensor]:
@@ -41,19 +42,23 @@ def loss(
         @functools.wraps(build)
         def computed(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
             key = plan = None
-            if not torch.compiler.is_compiling():
+            if planned and not torch.compiler.is_compiling():
                 key, plan = plans.find(what(build, options), logits, target, options)
             if plan is not None and plan.takes(target, options):
                 return plan.run(logits, target, options)
             if oracle is not None:
                 reason, exact = _dense_reason(logits, target, options, more)
                 if reason:
-                    return _dense(oracle, builder, logits, target, options, reason, exact)
+                    record_dense(reason)
+                    inputs, usual = _as_volume(logits, target, options)
+                    built = builder(*inputs, **usual)
+                    return _dense(oracle, built, logits, target, options, exact)
             built = builder(logits, target, **options)
             if isinstance(built, Call):
+                value = run(built)
                 if key is not None:
                     plans.keep(key, built, logits, target, options)
-                built = run(built)
+                built = value
             elif not isinstance(built, Tensor):
                 built = functools.reduce(operator.add, map(run, built))
             return like_input(built, logits, target)
@@ -92,27 +97,30 @@ def _dense_reason(
     return "" if more is None else more(logits, target, options), False
 
 
+def _as_volume(
+    logits: Tensor, target: Tensor, options: dict[str, Any]
+) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+    """What has the checks, warnings and dtype of the usual way: a volume of at least one dimension."""
+    usual = {**options, "reduction": "mean"}
+    if logits.ndim > 2:
+        return (logits, target), usual
+    if options.get("mask") is not None:
+        usual["mask"] = options["mask"][..., None]
+    return (logits[..., None], target[..., None]), usual
+
+
 def _dense(
     oracle: Callable[..., Tensor],
-    build: Callable[..., Built],
+    built: Built,
     logits: Tensor,
     target: Tensor,
     options: dict[str, Any],
-    reason: str,
     exact: bool,
 ) -> Tensor:
-    record_dense(reason)
-    # The checks, warnings and dtype of the usual path, on a volume of at least one dimension.
-    inputs, usual = (logits, target), {**options, "reduction": "mean"}
-    if logits.ndim == 2:
-        inputs = logits[..., None], target[..., None]
-        if options.get("mask") is not None:
-            usual["mask"] = options["mask"][..., None]
-    call = build(*inputs, **usual)
-    call = call if isinstance(call, Call) else call[0]
+    call = built if isinstance(built, Call) else built[0]
     assert isinstance(call, Call)
     checks.option("reduction", options.get("reduction", "mean"), ("mean", "sum", "none"))
-    values, wrong = plain(target), None
+    values, wrong = kernel_dtype(plain(target)), None
     if not call.spec.sums.dense:
         classes, ignored = logits.shape[1], call.spec.sums.ignore_index
         wrong = out_of_range(

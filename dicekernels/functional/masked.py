@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from typing import Any, Literal
 
@@ -110,7 +109,7 @@ def _fitted(mask: Tensor, logits: Tensor, target: Tensor) -> Tensor:
         ) from None
 
 
-@loss(reference.masked_dice_loss)
+@loss(reference.masked_dice_loss, planned=False)
 def _masked(
     logits: Tensor,
     target: Tensor,
@@ -159,7 +158,7 @@ def _masked(
     term = terms.dice(inputs, squared_pred, jaccard, smooth_nr, smooth_dr, batch, weight, soft_label)
     call = terms.call_of(inputs, [term], reduction, trailing_ones=True)
     if labels and inputs.mask is not None:
-        call.between = functools.partial(_with_missed, call)
+        call.between = _with_missed
         call.aside = "one over the label map"
     return call
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks, dispatch
 from ..arguments import documented
-from ..autograd import total_sums
+from ..autograd import is_transformed, total_sums
 from ..call import is_observed, record_step, stand_in
 from ..ops import eager_totals
 from ..prepare import kernel_dtype, plain
@@ -141,7 +141,7 @@ def region_sums(
         named_rows = ", ".join(row_names(rows))
         line = f"backend: {backend.name}; region_sums of {named_rows}"
         record_step(line, backend.name, dispatch.no_kernel(logits))
-        if is_observed():
+        if is_observed() and not is_transformed():
             totals = stand_in((*logits.shape[:2], rows.bit_count()), torch.float64, logits, target, mask)
         else:
             totals = total_sums(logits, target, mask, spec, backend.namespace)

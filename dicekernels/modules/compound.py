@@ -43,31 +43,31 @@ class DiceCELoss(TwoHalves):
         TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
-    FUNCTION: ClassVar = functional.dice_ce_loss
+    _FUNCTION: ClassVar = functional.dice_ce_loss
     FACTORS = ("lambda_dice", "lambda_ce")
     PARTS: ClassVar = {
         "dice": DiceLoss,
         "cross_entropy": nn.CrossEntropyLoss,
         "binary_cross_entropy": nn.BCEWithLogitsLoss,
     }
-    OPTIONS: ClassVar = {
+    _OPTIONS: ClassVar = {
         "dice": DICE | {"dice_weight": "class_weight"},
         "cross_entropy": same("weight", "label_smoothing"),
         "": same("ignore_index", "ce_include_background"),
     }
-    ALIKE: ClassVar = {
+    _ALIKE: ClassVar = {
         "reduction": ("dice", "cross_entropy", "binary_cross_entropy"),
         "ignore_index": ("", "dice"),
     }
     PLACES: ClassVar = {
         "weight": ("cross_entropy.weight", "binary_cross_entropy.pos_weight", "dice.class_weight")
     }
-    FIXED: ClassVar = {
+    _FIXED: ClassVar = {
         "dice": {"log_loss": False},
         "cross_entropy": {"ignore_index": -100},
         "binary_cross_entropy": {"weight": None},
     }
-    SCRIPTED: ClassVar = {
+    _SCRIPTED: ClassVar = {
         "weight": "self.binary_cross_entropy.pos_weight if input.shape[1] == 1 else self.cross_entropy.weight"
     }
     lambda_dice: float | Tensor
@@ -129,9 +129,9 @@ class DiceCELoss(TwoHalves):
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.dice_ce_loss`` with the options of this module."""
-        if (loss := self._planned(input, target, mask)) is not None:
-            return loss
         binary = checks.single_channel(input)
+        if not binary and (loss := self._planned(input, target, mask)) is not None:
+            return loss
         reason, _ = self.bent("cross_entropy" if binary else "binary_cross_entropy")
         if reason:
             return self._apart(input, target, mask, binary, reason)

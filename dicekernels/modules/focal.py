@@ -33,8 +33,8 @@ class FocalLoss(Loss):
         TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
-    FUNCTION: ClassVar = functional.focal_loss
-    OPTIONS: ClassVar = {
+    _FUNCTION: ClassVar = functional.focal_loss
+    _OPTIONS: ClassVar = {
         "": _FOCAL
         | same("include_background", "to_onehot_y", "reduction", "ignore_index")
         | {"weight": "class_weight"}
@@ -73,7 +73,7 @@ class _OverlapFocal(TwoHalves):
     def _apart(self, input: Tensor, target: Tensor, mask: Tensor | None, reason: str) -> Tensor:
         self._begin_apart(input, target, mask, reason)
         overlap, focal = (getattr(self, name) for name in self.PARTS)
-        if "to_onehot_y" in self.OPTIONS[""] and self.to_onehot_y:
+        if "to_onehot_y" in self._OPTIONS[""] and self.to_onehot_y:
             target = dense_labels(target, input, getattr(overlap, "ignore_index", None))
         factors = [getattr(self, name) for name in self.FACTORS]
         more = {} if mask is None else {"mask": mask}
@@ -101,17 +101,17 @@ class DiceFocalLoss(_OverlapFocal):
         TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
-    FUNCTION: ClassVar = functional.dice_focal_loss
+    _FUNCTION: ClassVar = functional.dice_focal_loss
     FACTORS = ("lambda_dice", "lambda_focal")
     PARTS: ClassVar = {"dice": DiceLoss, "focal": FocalLoss}
-    OPTIONS: ClassVar = {
+    _OPTIONS: ClassVar = {
         "dice": DICE | {"ignore_index": "ignore_index", "dice_weight": "class_weight"},
         "focal": _FOCAL | {"weight": "class_weight"},
         "": same("to_onehot_y"),
     }
-    ALIKE: ClassVar = dict.fromkeys(("include_background", "reduction", "ignore_index"), ("dice", "focal"))
+    _ALIKE: ClassVar = dict.fromkeys(("include_background", "reduction", "ignore_index"), ("dice", "focal"))
     PLACES: ClassVar = {"weight": ("focal.class_weight", "dice.class_weight")}
-    FIXED: ClassVar = {"dice": {"to_onehot_y": False, "log_loss": False}, "focal": {"to_onehot_y": False}}
+    _FIXED: ClassVar = {"dice": {"to_onehot_y": False, "log_loss": False}, "focal": {"to_onehot_y": False}}
     BESIDE: ClassVar = {"focal": _ON}
     lambda_dice: float | Tensor
     lambda_focal: float | Tensor
@@ -174,15 +174,15 @@ class GeneralizedDiceFocalLoss(_OverlapFocal):
         TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
-    FUNCTION: ClassVar = functional.generalized_dice_focal_loss
+    _FUNCTION: ClassVar = functional.generalized_dice_focal_loss
     FACTORS = ("lambda_gdl", "lambda_focal")
     PARTS: ClassVar = {"generalized_dice": GeneralizedDiceLoss, "focal": FocalLoss}
-    OPTIONS: ClassVar = {
+    _OPTIONS: ClassVar = {
         "generalized_dice": SUMS | same("w_type", "soft_label", "ignore_index"),
         "focal": _FOCAL | {"weight": "class_weight"},
         "": {},
     }
-    ALIKE: ClassVar = dict.fromkeys(
+    _ALIKE: ClassVar = dict.fromkeys(
         ("include_background", "to_onehot_y", "reduction", "ignore_index"), ("generalized_dice", "focal")
     )
     BESIDE: ClassVar = {"focal": _ON}

@@ -31,11 +31,11 @@ def _traced_factor(value: float, before: Tensor | None) -> Tensor:
 
 
 def _conditions(kind: type[Loss]) -> Iterator[Condition]:
-    for name, (first, *others) in kind.ALIKE.items():
+    for name, (first, *others) in kind._ALIKE.items():
         what = "reductions" if name == "reduction" else f"values of {name}"
         for other in others:
             yield Condition(other, name, first, None, f"the {what} of the halves differ")
-    for part, fixed in kind.FIXED.items():
+    for part, fixed in kind._FIXED.items():
         for name, value in fixed.items():
             reason = f"its {part.replace('_', ' ')} has an option of its own, {name}"
             yield Condition(part, name, None, value, reason)
@@ -50,7 +50,7 @@ class TwoHalves(Loss):
 
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
-        cls.CONDITIONS = tuple(_conditions(cls))
+        cls._CONDITIONS = tuple(_conditions(cls))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.FACTORS and not _is_property(type(self), name):
@@ -77,7 +77,7 @@ class TwoHalves(Loss):
         """
         parts = self._parts()
         for name, kind in self.PARTS.items():
-            half = parts.get(name)
+            half = parts[name]
             if type(half) is not kind:
                 other = f"its {name} is {type(half).__module__}.{type(half).__qualname__}"
                 return "a half is another module", other
@@ -85,10 +85,10 @@ class TwoHalves(Loss):
                 return "a half has hooks", f"its {name} has hooks"
             for method in overridden(half, kind):
                 return f"{method} of a half is overridden", f"{method} of its {name} is overridden"
-        for method in overridden(self, self.KIND):
+        for method in overridden(self, self._KIND):
             if method != "forward":
                 return (f"{method} is overridden",) * 2
-        for part, name, beside, value, reason in self.CONDITIONS:
+        for part, name, beside, value, reason in self._CONDITIONS:
             expected = value if beside is None else getattr(parts[beside], name)
             if part != skip and getattr(parts[part], name) != expected:
                 return (reason,) * 2

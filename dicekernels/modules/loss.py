@@ -45,49 +45,47 @@ class Condition(NamedTuple):
 
 
 class Loss(_Loss):
-    """A loss as a table of its options: ``forward`` calls FUNCTION with what the attributes hold by then.
+    """A loss as a table of its options: ``forward`` calls _FUNCTION with what the attributes hold by then.
 
     Its ``repr`` is one call of its constructor, with the options that are not the default. It reads the
     attributes, so it tells what the next call does. An option that lives in several places, with different
     values, is named by place (``dice.reduction='sum'``). No value of a tensor is read.
 
     Attributes:
-        FUNCTION: the loss as a function; None for a wrapper.
-        OPTIONS: part, "" for the loss itself -> option of FUNCTION -> attribute of the part that holds it.
+        _FUNCTION: the loss as a function; None for a wrapper.
+        _OPTIONS: part, "" for the loss itself -> option of _FUNCTION -> attribute of the part that holds it.
         PARTS: attribute -> class of the submodule that the constructor makes; another one is shown.
-        ALIKE: option -> the parts that hold it under its name, the one that is read first.
+        _ALIKE: option -> the parts that hold it under its name, the one that is read first.
         PLACES: argument of the constructor -> the attributes that hold it, where the tables above differ.
-        FIXED: part -> attribute that no argument sets -> the value it must have in a loss of one pass.
+        _FIXED: part -> attribute that no argument sets -> the value it must have in a loss of one pass.
         BESIDE: part -> attribute that no argument sets -> what the constructor leaves there.
-        SCRIPTED: option -> what a scripted ``forward`` passes for it, where OPTIONS does not tell.
+        _SCRIPTED: option -> what a scripted ``forward`` passes for it, where _OPTIONS does not tell.
         FACTORS: names of the lambdas, which are options, too.
-        CONDITIONS: what must hold for the halves of a loss to share one pass, of ALIKE and FIXED.
-        READ: part, option and attribute, of OPTIONS.
-        READERS: part, its options, and what reads them all at once, which costs a third.
-        STATE: part, and what reads all that a plan of the loss depends on.
-        VARY: part, option and attribute, of the options in no plan.
-        SHADOWED: a subclass has an attribute or property of its own under the name of a part.
-        KIND: the class of this package that a loss is, or derives from.
-        BUILD: what FUNCTION runs.
+        _CONDITIONS: what must hold for the halves of a loss to share one pass, of _ALIKE and _FIXED.
+        _READ: part, option and attribute, of _OPTIONS.
+        _READERS: part, its options, and what reads them all at once, which costs a third.
+        _STATE: part, and what reads all that a plan of the loss depends on.
+        _VARY: part, option and attribute, of the options in no plan.
+        _KIND: the class of this package that a loss is, or derives from.
+        _BUILD: what _FUNCTION runs.
     """
 
-    FUNCTION: ClassVar[Any] = None
-    OPTIONS: ClassVar[Mapping[str, Mapping[str, str]]] = {"": {}}
+    _FUNCTION: ClassVar[Any] = None
+    _OPTIONS: ClassVar[Mapping[str, Mapping[str, str]]] = {"": {}}
     PARTS: ClassVar[Mapping[str, type[nn.Module]]] = {}
-    ALIKE: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    _ALIKE: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     PLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    FIXED: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    _FIXED: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     BESIDE: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    SCRIPTED: ClassVar[Mapping[str, str]] = {}
+    _SCRIPTED: ClassVar[Mapping[str, str]] = {}
     FACTORS: ClassVar[tuple[str, ...]] = ()
-    CONDITIONS: ClassVar[tuple[Condition, ...]] = ()
-    READ: ClassVar[tuple[tuple[str, str, str], ...]] = ()
-    READERS: ClassVar[tuple[tuple[str, tuple[str, ...], Callable[[Any], Any]], ...]] = ()
-    STATE: ClassVar[tuple[tuple[str, Callable[[Any], Any]], ...]] = ()
-    VARY: ClassVar[tuple[tuple[str, str, str], ...]] = ()
-    SHADOWED: ClassVar[bool] = False
-    KIND: ClassVar[type[Loss]]
-    BUILD: ClassVar[Any] = None
+    _CONDITIONS: ClassVar[tuple[Condition, ...]] = ()
+    _READ: ClassVar[tuple[tuple[str, str, str], ...]] = ()
+    _READERS: ClassVar[tuple[tuple[str, tuple[str, ...], Callable[[Any], Any]], ...]] = ()
+    _STATE: ClassVar[tuple[tuple[str, Callable[[Any], Any]], ...]] = ()
+    _VARY: ClassVar[tuple[tuple[str, str, str], ...]] = ()
+    _KIND: ClassVar[type[Loss]]
+    _BUILD: ClassVar[Any] = None
 
     if TYPE_CHECKING:  # not in the class: TorchScript would read it there
         reduction: Literal["mean", "sum", "none"]
@@ -95,23 +93,22 @@ class Loss(_Loss):
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
         if cls.__module__.startswith("dicekernels.modules."):
-            cls.KIND = cls
-            named = [(part, names) for part, names in cls.OPTIONS.items() if names]
-            cls.READERS = tuple((part, tuple(names), _reader(names.values())) for part, names in named)
-            cls.READ = tuple((part, *one) for part, names in cls.OPTIONS.items() for one in names.items())
-            cls.VARY = tuple(one for one in cls.READ if one[1] in plans.VARYING)
-            cls.VARY += tuple(("", name, name) for name in cls.FACTORS)
-            cls.STATE = tuple(_state(cls))
-            if cls.FUNCTION is not None:
-                cls.BUILD = staticmethod(inspect.unwrap(cls.FUNCTION))
+            cls._KIND = cls
+            named = [(part, names) for part, names in cls._OPTIONS.items() if names]
+            cls._READERS = tuple((part, tuple(names), _reader(names.values())) for part, names in named)
+            cls._READ = tuple((part, *one) for part, names in cls._OPTIONS.items() for one in names.items())
+            cls._VARY = tuple(one for one in cls._READ if one[1] in plans.VARYING)
+            cls._VARY += tuple(("", name, name) for name in cls.FACTORS)
+            cls._STATE = tuple(_state(cls))
+            if cls._FUNCTION is not None:
+                cls._BUILD = staticmethod(inspect.unwrap(cls._FUNCTION))
                 scripting.register(cls)
-        cls.SHADOWED = any(hasattr(cls, part) for part in cls.PARTS)
 
     def _hold(self, given: Mapping[str, Any]) -> None:
         """Sets the attributes of the loss itself to the arguments of its constructor."""
         if "sigmoid" in given:
             checks.activation_options(given["sigmoid"], given["softmax"], given["other_act"])
-        for option, name in self.OPTIONS[""].items():
+        for option, name in self._OPTIONS[""].items():
             value = given[option]
             if option in CHOICES:
                 value = checks.option(option, value, CHOICES[option])
@@ -123,43 +120,42 @@ class Loss(_Loss):
                 setattr(self, name, value)
 
     def _parts(self) -> dict[str, Any]:
-        """The loss itself under "", and its submodules."""
-        if self.SHADOWED:
-            return {"": self} | {part: getattr(self, part) for part in self.PARTS}
-        return {"": self, **self._modules}
+        """The loss itself under "", and its parts as a lookup finds them."""
+        return {"": self} | {part: getattr(self, part) for part in self.PARTS}
 
     def bent(self, skip: str = "") -> tuple[str, str]:
         """Why no single pass computes the loss, for a loss of halves: see ``TwoHalves``."""
         return "", ""
 
     def _options(self) -> dict[str, Any]:
-        """The options of FUNCTION as the attributes hold them."""
+        """The options of _FUNCTION as the attributes hold them."""
         parts = self._parts()
         if torch.compiler.is_compiling():  # Dynamo knows no attrgetter that was made before
-            return {option: getattr(parts[part], name) for part, option, name in self.READ}
+            return {option: getattr(parts[part], name) for part, option, name in self._READ}
         options: dict[str, Any] = {}
-        for part, names, read in self.READERS:
+        for part, names, read in self._READERS:
             options.update(zip(names, read(parts[part]), strict=True))
         return options
 
     def _planned(self, input: Tensor, target: Tensor, mask: Tensor | None) -> Tensor | None:
         """The loss by the plan of an earlier call, from fewer looks at the attributes; or None."""
-        if torch.compiler.is_compiling() or self.SHADOWED or overridden(self, self.KIND, "forward"):
+        if torch.compiler.is_compiling() or overridden(self, self._KIND, "forward"):
             return None
-        parts = self._parts()
+        parts: dict[str, Any] = {"": self, **self._modules}
         for name, kind in self.PARTS.items():
             half = parts.get(name)
             if type(half) is not kind or checks.hooked(half) or overridden(half, kind):
                 return None
-        varying = {option: getattr(parts[part], name) for part, option, name in self.VARY}
+            if name in self.__dict__ or hasattr(type(self), name):  # which a lookup finds first
+                return None
+        varying = {option: getattr(parts[part], name) for part, option, name in self._VARY}
         varying["mask"] = mask
-        state = (self.KIND, *[read(parts[part]) for part, read in self.STATE])
+        state = (self._KIND, *[read(parts[part]) for part, read in self._STATE])
         key, plan = plans.find(state, input, target, varying)
-        if plan is None and key is not None and not self.bent()[0]:
+        if plan is None and key is not None and not plans.is_hopeless(key) and not self.bent()[0]:
             options = self._options() | {"mask": mask}
-            _, plan = plans.find(what(self.BUILD, options), input, target, options)
-            if plan is not None:
-                plans.put(key, plan)
+            _, plan = plans.find(what(self._BUILD, options), input, target, options)
+            plans.put(key, plan)
         if plan is None or not plan.takes(target, varying):
             return None
         return plan.run(input, target, varying)
@@ -170,7 +166,7 @@ class Loss(_Loss):
 
     @reprlib.recursive_repr(fillvalue="...")
     def __repr__(self) -> str:
-        kind = self.KIND
+        kind = self._KIND
         name = f"dicekernels.{kind.__name__}" if type(self) is kind else type(self).__name__
         return f"{name}({', '.join(_shown(self, kind))})"
 
@@ -183,9 +179,9 @@ def _reader(names: Collection[str]) -> Callable[[Any], Any]:
 
 def _state(kind: type[Loss]) -> Iterator[tuple[str, Callable[[Any], Any]]]:
     for part in ("", *kind.PARTS):
-        names = [name for option, name in kind.OPTIONS.get(part, {}).items() if option not in plans.VARYING]
-        names += [name for name, parts in kind.ALIKE.items() if part in parts]
-        names += kind.FIXED.get(part, {})
+        names = [name for option, name in kind._OPTIONS.get(part, {}).items() if option not in plans.VARYING]
+        names += [name for name, parts in kind._ALIKE.items() if part in parts]
+        names += kind._FIXED.get(part, {})
         if names:
             yield part, _reader(list(dict.fromkeys(names)))
 
@@ -205,8 +201,8 @@ def _defaults(kind: type[Loss]) -> dict[str, Any]:
 
 def _places(kind: type[Loss], argument: str) -> tuple[str, ...]:
     """The attributes that hold an argument of the constructor, those of parts as ``part.attribute``."""
-    alike = [(part, argument) for part in kind.ALIKE.get(argument, ())]
-    read = [(part, name) for part, option, name in kind.READ if option == argument]
+    alike = [(part, argument) for part in kind._ALIKE.get(argument, ())]
+    read = [(part, name) for part, option, name in kind._READ if option == argument]
     places = [f"{part}.{name}" if part else name for part, name in alike or read or [("", argument)]]
     return kind.PLACES.get(argument) or tuple(places)
 
@@ -226,7 +222,7 @@ def _shown(loss: Loss, kind: type[Loss]) -> Iterator[str]:
             yield from (f"{place}={_text(x)}" for place, x in held.items() if not _same(x, default))
         elif values and not _same(values[0], default):
             yield f"{argument}={_text(values[0])}"
-    for part, beside in (*kind.FIXED.items(), *kind.BESIDE.items()):
+    for part, beside in (*kind._FIXED.items(), *kind.BESIDE.items()):
         for name, default in beside.items():
             place = f"{part}.{name}" if part else name
             value = _at(loss, place, other)

@@ -31,8 +31,10 @@ class MaskedDiceLoss(DiceLoss):
         TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
-    FUNCTION: ClassVar[Any] = functional.masked_dice_loss
-    OPTIONS: ClassVar = {"": DICE | {"weight": "class_weight"} | {name: f"pre_{name}" for name in ACTIVATION}}
+    _FUNCTION: ClassVar[Any] = functional.masked_dice_loss
+    _OPTIONS: ClassVar = {
+        "": DICE | {"weight": "class_weight"} | {name: f"pre_{name}" for name in ACTIVATION}
+    }
     BESIDE: ClassVar = {"": {"ignore_index": None, "log_loss": False}}
 
     def __init__(

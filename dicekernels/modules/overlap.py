@@ -30,8 +30,8 @@ class DiceLoss(Loss):
         TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
-    FUNCTION: ClassVar[Any] = functional.dice_loss
-    OPTIONS: ClassVar = {"": DICE | same("ignore_index", "log_loss") | {"weight": "class_weight"}}
+    _FUNCTION: ClassVar[Any] = functional.dice_loss
+    _OPTIONS: ClassVar = {"": DICE | same("ignore_index", "log_loss") | {"weight": "class_weight"}}
 
     def __init__(
         self,
@@ -74,8 +74,8 @@ class GeneralizedDiceLoss(Loss):
         TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
-    FUNCTION: ClassVar = functional.generalized_dice_loss
-    OPTIONS: ClassVar = {"": SUMS | same("soft_label", "w_type", "ignore_index")}
+    _FUNCTION: ClassVar = functional.generalized_dice_loss
+    _OPTIONS: ClassVar = {"": SUMS | same("soft_label", "w_type", "ignore_index")}
 
     def __init__(
         self,
@@ -129,8 +129,8 @@ class TverskyLoss(Loss):
         TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
-    FUNCTION: ClassVar = functional.tversky_loss
-    OPTIONS: ClassVar = {"": SUMS | same("soft_label", "alpha", "beta", "gamma", "ignore_index")}
+    _FUNCTION: ClassVar = functional.tversky_loss
+    _OPTIONS: ClassVar = {"": SUMS | same("soft_label", "alpha", "beta", "gamma", "ignore_index")}
 
     def __init__(
         self,
@@ -171,8 +171,8 @@ class MCCLoss(Loss):
         TypeError, ValueError: options that do not fit together, as the arguments say and as in MONAI.
     """
 
-    FUNCTION: ClassVar = functional.mcc_loss
-    OPTIONS: ClassVar = {"": SUMS | same("ignore_index")}
+    _FUNCTION: ClassVar = functional.mcc_loss
+    _OPTIONS: ClassVar = {"": SUMS | same("ignore_index")}
 
     def __init__(
         self,

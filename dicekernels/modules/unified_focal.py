@@ -61,14 +61,14 @@ class AsymmetricUnifiedFocalLoss(Loss):
         ValueError: an unknown reduction.
     """
 
-    FUNCTION: ClassVar = two_halves_loss
-    OPTIONS: ClassVar = {"": same("to_onehot_y", "num_classes", "weight", "reduction", "ignore_index")}
+    _FUNCTION: ClassVar = two_halves_loss
+    _OPTIONS: ClassVar = {"": same("to_onehot_y", "num_classes", "weight", "reduction", "ignore_index")}
     PARTS: ClassVar = dict.fromkeys(HALVES.values(), _HalfSettings)
     PLACES: ClassVar = {
         name: tuple(f"{half}.{name}" for half in HALVES.values()) for name in ("gamma", "delta")
     }
     BESIDE: ClassVar = {half: {"epsilon": 1e-7} for half in HALVES.values()}
-    SCRIPTED: ClassVar = {
+    _SCRIPTED: ClassVar = {
         option: f"[{', '.join(f'float(self.{half}.{name})' for name in NUMBERS)}]"
         for option, half in HALVES.items()
     }

@@ -35,8 +35,8 @@ class GeneralizedWassersteinDiceLoss(Loss):
         ValueError: as MONAI, for a matrix that is not square or an unknown option.
     """
 
-    FUNCTION: ClassVar = normalised_wasserstein_dice_loss
-    OPTIONS: ClassVar = {
+    _FUNCTION: ClassVar = normalised_wasserstein_dice_loss
+    _OPTIONS: ClassVar = {
         "": same("reduction", "smooth_nr", "smooth_dr", "ignore_index")
         | {"matrix": "m", "weighting_mode": "alpha_mode"}
     }

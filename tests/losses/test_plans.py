@@ -302,3 +302,57 @@ def test_no_tensor_is_kept_alive() -> None:
         assert not isinstance(leaf, Tensor)
         if isinstance(leaf, tuple):
             leaves += leaf
+
+
+FACTORS = [
+    (functional.dice_ce_loss, "lambda_dice"),
+    (functional.dice_ce_loss, "lambda_ce"),
+    (functional.dice_focal_loss, "lambda_focal"),
+    (functional.generalized_dice_focal_loss, "lambda_gdl"),
+]
+
+
+@pytest.mark.parametrize(("function", "name"), FACTORS)
+def test_a_lambda_that_was_not_given_before(function: Callable[..., Tensor], name: str) -> None:
+    learned = nn.Parameter(torch.tensor(0.3))
+    values: dict[tuple[bool, str], Any] = {}
+    for given_first in (True, False):
+        plans._plans.clear()
+        for given in (given_first, not given_first, given_first):
+            run(lambda z, y, more: function(z, y, **HOT, **more), logits(), more={name: 0.3} if given else {})
+            value = function(logits(), LABELS, **HOT, **({name: 0.3} if given else {}))
+            assert values.setdefault((given, name), value) == value
+    assert values[True, name] != values[False, name]
+    assert torch.autograd.grad(function(logits(), LABELS, **HOT, **{name: learned}), learned)[0] != 0
+    scripted = torch.jit.script(dicekernels.DiceCELoss(**HOT))
+    scripted(logits(), LABELS)
+    scripted.lambda_ce = 0.3
+    assert scripted(logits(), LABELS) == dicekernels.DiceCELoss(**HOT, lambda_ce=0.3)(logits(), LABELS)
+
+
+def test_a_tensor_among_the_lambdas_is_not_read() -> None:
+    loss: Any = dicekernels.DiceCELoss(**HOT)
+    for _ in range(3):
+        loss(logits(), LABELS)
+    for value in (torch.ones(2), torch.empty(0)):
+        loss.lambda_dice = value
+        with pytest.raises(ValueError, match="expected one number"):
+            loss(logits(), LABELS)
+
+
+def test_signed_masks_and_threads_and_halves_that_are_gone() -> None:
+    values = torch.softmax(logits() * 2, 1)
+    for mask in (MASK, MASK - 0.5):
+        assert functional.masked_dice_loss(logits(), values, mask, softmax=True).isfinite()
+    loss: Any = LOSSES["DiceCELoss"]()
+    seen(loss, logits())
+    with ThreadPoolExecutor(1) as pool:
+        told = dicekernels.explain(
+            lambda z, y: pool.submit(loss, z, y).result() + loss(z, y), logits(), LABELS
+        )
+        assert "Runs in one pass" in told and pool.submit(loss, logits(), LABELS).result() > 0
+    loss.__dict__["dice"] = lambda z, y: z.mean() * 0 + 7
+    assert loss(logits(), LABELS) > 6
+    del loss.__dict__["dice"], loss.dice
+    with pytest.raises(AttributeError, match="dice"):
+        loss(logits(), LABELS)
