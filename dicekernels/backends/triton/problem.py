@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...spec import BINARY_TERMS, ROWS, SumsSpec, row_index
+from ...tensors import flat_stride, is_flat
 from .configs import Tile, choose_tile
 from .support import compiles_ptx
 
@@ -55,26 +56,6 @@ class View(NamedTuple):
         """The strides divided as ``layout`` says."""
         batch, channel, voxel, *_ = self.layout(elements)
         return self.batch // batch, self.channel // channel, self.voxel // voxel
-
-
-def flat_stride(tensor: Tensor, spatial_from: int) -> int | None:
-    """Stride of the space (dimensions ``spatial_from`` and on) seen as one dimension; None: it is not one."""
-    expected, stride = None, 1
-    sizes, strides = tensor.shape, tensor.stride()
-    for dim in range(tensor.ndim - 1, spatial_from - 1, -1):
-        if sizes[dim] == 1:
-            continue
-        if expected is None:
-            stride = strides[dim]
-        elif strides[dim] != expected:
-            return None
-        expected = strides[dim] * sizes[dim]
-    return stride
-
-
-def is_flat(tensor: Tensor, spatial_from: int) -> bool:
-    """Whether the space has one voxel stride: all but some views, a spatial crop for one."""
-    return tensor.is_contiguous() or flat_stride(tensor, spatial_from) is not None
 
 
 def flat(tensor: Tensor, spatial_from: int) -> Tensor:

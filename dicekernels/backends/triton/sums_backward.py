@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...spec import SumsSpec
+from ...tensors import is_flat
 from .codes import (
     CE,
     NONE,
@@ -23,7 +24,7 @@ from .codes import (
 )
 from .launch import Launch, launch
 from .loads import exponential, exponents, load_inputs, voxel_offset
-from .problem import NUMBERS, Problem, flat_inputs, is_flat
+from .problem import NUMBERS, Problem, flat_inputs
 from .rows import probabilities, shifted_log_p
 from .slopes import binary_gradient, ce_pull, load_slope, overlap_slopes, softmax_gradient
 from .tile import class_index, class_offset, class_sum, per_voxel
