@@ -274,6 +274,7 @@ class OverlapHalf:
 
     formula: Formula
     activation: Activation
+    _: KW_ONLY
     overlap: Overlap = Overlap.PRODUCT
     kappa: float = 2.0
     alpha: float = 1.0
@@ -292,6 +293,7 @@ class VoxelHalf:
     """The voxel term of a loss, fields as in :class:`SumsSpec` and :class:`FinishSpec`."""
 
     voxel_term: VoxelTerm
+    _: KW_ONLY
     label_smoothing: float = 0.0
     denominator: Denominator = Denominator.ONE
     voxel_skipped: int = 0

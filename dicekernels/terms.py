@@ -100,17 +100,17 @@ def overlap_half(
     return OverlapHalf(
         formula,
         inputs.activation,
-        overlap,
-        kappa,
-        alpha,
-        beta,
-        checks.constant("smooth_nr", smooth_nr),
-        checks.constant("smooth_dr", smooth_dr),
-        transform,
-        exponent,
-        gdl_weight,
-        inputs.skipped,
-        batch,
+        overlap=overlap,
+        kappa=kappa,
+        alpha=alpha,
+        beta=beta,
+        smooth_nr=checks.constant("smooth_nr", smooth_nr),
+        smooth_dr=checks.constant("smooth_dr", smooth_dr),
+        transform=transform,
+        exponent=exponent,
+        gdl_weight=gdl_weight,
+        skipped=inputs.skipped,
+        batch=batch,
     )
 
 

@@ -23,6 +23,9 @@ _KINDS = (
 # NONE is 0 in all kinds that have it; no other name is shared.
 _NUMBERS = {member.name: int(member) for kind in _KINDS for member in kind}
 _NUMBERS |= {f"ROW_{name}": place for place, name in enumerate(spec.ROWS)}
+# The floats of SumsSpec, which the kernels of both passes get as one tuple.
+SUMS_FLOATS = tuple(name for name, kind in spec.SumsSpec.kinds().items() if kind is float)
+_NUMBERS |= {name.upper(): place for place, name in enumerate(SUMS_FLOATS)}
 
 LOWEST_SCORE = tl.constexpr(finish.LOWEST_SCORE)
 # float32 numbers near 2^-128 are 2^-149 apart, and 2^-128 is the largest whose reciprocal is infinite. What

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...spec import BINARY_TERMS, ROWS, SumsSpec, row_index
 from ...tensors import flat_stride, is_flat
+from .codes import SUMS_FLOATS
 from .configs import Tile, choose_tile
 from .support import compiles_ptx
 
@@ -165,7 +166,7 @@ class Problem:
             "PLACES": places(spec.rows),
             "HAS_IGNORE": spec.ignore_index is not None and not spec.dense,
             "PRODUCT_MASK": spec.product_mask,
-            "GAMMA": spec.focal_gamma,
+            "FLOATS": tuple(getattr(spec, name) for name in SUMS_FLOATS),
             "FIRST_CLASS": spec.first_class,
             "MASKED": self.mask is not None,
             "EVEN": self.voxels % self.tile.shape[1] == 0,

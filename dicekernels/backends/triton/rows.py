@@ -114,18 +114,18 @@ def binary_rows(
     m,
     DENSE: tl.constexpr,
     VOXEL_TERM: tl.constexpr,
-    GAMMA: tl.constexpr,
+    FLOATS: tl.constexpr,
     MASKED: tl.constexpr,
     ASM: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
     """(POS, NEG) of a binary term."""
     if DENSE:
-        positive, negative, _ = binary_term(z, g, g, 1 - g, VOXEL_TERM, GAMMA, ASM)
+        positive, negative, _ = binary_term(z, g, g, 1 - g, VOXEL_TERM, FLOATS, ASM)
         positive = g * positive
         negative = (1 - g) * negative
     else:
-        loss, _ = hard_term(tl.where(hit, z, -z), VOXEL_TERM, GAMMA, ASM)
+        loss, _ = hard_term(tl.where(hit, z, -z), VOXEL_TERM, FLOATS, ASM)
         positive = tl.where(hit, loss, 0.0)
         negative = tl.where(hit, 0.0, loss)
     return weighted(positive, inside, m, MASKED, SHAPE), weighted(negative, inside, m, MASKED, SHAPE)
@@ -148,13 +148,13 @@ def softmax_row(
     m,
     DENSE: tl.constexpr,
     VOXEL_TERM: tl.constexpr,
-    GAMMA: tl.constexpr,
+    FLOATS: tl.constexpr,
     FIRST_CLASS: tl.constexpr,
     MASKED: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
     """POS of a softmax term of the classes from FIRST_CLASS on."""
-    loss, _ = softmax_term(log_p, VOXEL_TERM, GAMMA)
+    loss, _ = softmax_term(log_p, VOXEL_TERM, FLOATS)
     if DENSE:
         x = tl.where(c >= FIRST_CLASS, g * loss, 0.0)
     else:

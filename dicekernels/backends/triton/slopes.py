@@ -67,15 +67,15 @@ def binary_gradient(
     a_neg,
     DENSE: tl.constexpr,
     VOXEL_TERM: tl.constexpr,
-    GAMMA: tl.constexpr,
+    FLOATS: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """Of a binary term."""
     if DENSE:
-        _, _, slope = binary_term(z, g, a_pos * g, a_neg * (1 - g), VOXEL_TERM, GAMMA, ASM)
+        _, _, slope = binary_term(z, g, a_pos * g, a_neg * (1 - g), VOXEL_TERM, FLOATS, ASM)
         return slope
     else:
-        _, slope = hard_term(tl.where(hit, z, -z), VOXEL_TERM, GAMMA, ASM)
+        _, slope = hard_term(tl.where(hit, z, -z), VOXEL_TERM, FLOATS, ASM)
         return tl.where(hit, a_pos, -a_neg) * slope
 
 
@@ -89,12 +89,12 @@ def softmax_gradient(
     C: tl.constexpr,
     DENSE: tl.constexpr,
     VOXEL_TERM: tl.constexpr,
-    GAMMA: tl.constexpr,
+    FLOATS: tl.constexpr,
     FIRST_CLASS: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
     """Of a softmax term over the classes from FIRST_CLASS on."""
-    _, slope = softmax_term(log_p, VOXEL_TERM, GAMMA)
+    _, slope = softmax_term(log_p, VOXEL_TERM, FLOATS)
     if DENSE:
         # Beside the classes log p is -inf and the slope NaN.
         own = tl.where((c >= FIRST_CLASS) & (c < C), a_pos * g * slope, 0.0)

@@ -70,7 +70,7 @@ def sums_kernel(
     BINARY: tl.constexpr,
     HAS_IGNORE: tl.constexpr,
     PRODUCT_MASK: tl.constexpr,
-    GAMMA: tl.constexpr,
+    FLOATS: tl.constexpr,
     FIRST_CLASS: tl.constexpr,
     MASKED: tl.constexpr,
     EVEN: tl.constexpr,
@@ -191,14 +191,14 @@ def sums_kernel(
                     ls += tile_sums(weighted(nll, inside, m, MASKED, SHAPE), SHAPE)
             elif BINARY:
                 positive, negative = binary_rows(
-                    z, g, hit, inside, m, DENSE, VOXEL_TERM, GAMMA, MASKED, ASM, SHAPE
+                    z, g, hit, inside, m, DENSE, VOXEL_TERM, FLOATS, MASKED, ASM, SHAPE
                 )
                 pos += tile_sums(positive, SHAPE)
                 neg += tile_sums(negative, SHAPE)
             elif SOFTMAX_TERM:
                 log_p = shifted_log_p(z, c, within, FIRST_CLASS, SHAPE, EVEN)
                 x = softmax_row(
-                    log_p, c, g, hit, inside, m, DENSE, VOXEL_TERM, GAMMA, FIRST_CLASS, MASKED, SHAPE
+                    log_p, c, g, hit, inside, m, DENSE, VOXEL_TERM, FLOATS, FIRST_CLASS, MASKED, SHAPE
                 )
                 pos += tile_sums(x, SHAPE)
         # 4. Add the run to the chunk.

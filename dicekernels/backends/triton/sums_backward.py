@@ -93,7 +93,7 @@ def sums_backward_kernel(
     PLACES: tl.constexpr,
     HAS_IGNORE: tl.constexpr,
     PRODUCT_MASK: tl.constexpr,
-    GAMMA: tl.constexpr,
+    FLOATS: tl.constexpr,
     FIRST_CLASS: tl.constexpr,
     MASKED: tl.constexpr,
     EVEN: tl.constexpr,
@@ -204,11 +204,11 @@ def sums_backward_kernel(
                 result += p * per_voxel(class_sum(pull, SHAPE), SHAPE)
             result -= pull
         elif BINARY:
-            result += binary_gradient(z, g, hit, a_pos, a_neg, DENSE, VOXEL_TERM, GAMMA, ASM)
+            result += binary_gradient(z, g, hit, a_pos, a_neg, DENSE, VOXEL_TERM, FLOATS, ASM)
         elif SOFTMAX_TERM:
             log_p = shifted_log_p(z, c, within, FIRST_CLASS, SHAPE, EVEN)
             result += softmax_gradient(
-                log_p, c, g, hit, a_pos, C, DENSE, VOXEL_TERM, GAMMA, FIRST_CLASS, SHAPE
+                log_p, c, g, hit, a_pos, C, DENSE, VOXEL_TERM, FLOATS, FIRST_CLASS, SHAPE
             )
         # 4. Store.
         if MASKED:

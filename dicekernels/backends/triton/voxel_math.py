@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codes import BCE, FOCAL_SOFTMAX, PRODUCT, SQUARED, VOXEL_SQUARED
+from .codes import BCE, FOCAL_GAMMA, FOCAL_SOFTMAX, PRODUCT, SQUARED, VOXEL_SQUARED
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -181,27 +181,27 @@ def softmax_focal(log_p, GAMMA: tl.constexpr):
 
 
 @triton.jit
-def softmax_term(log_p, VOXEL_TERM: tl.constexpr, GAMMA: tl.constexpr):
+def softmax_term(log_p, VOXEL_TERM: tl.constexpr, FLOATS: tl.constexpr):
     """Loss of a voxel of this class, and its slope in log p."""
     tl.static_assert(VOXEL_TERM == FOCAL_SOFTMAX, "the softmax terms are listed here")
-    return softmax_focal(log_p, GAMMA)
+    return softmax_focal(log_p, FLOATS[FOCAL_GAMMA])
 
 
 @triton.jit
-def hard_term(s, VOXEL_TERM: tl.constexpr, GAMMA: tl.constexpr, ASM: tl.constexpr):
+def hard_term(s, VOXEL_TERM: tl.constexpr, FLOATS: tl.constexpr, ASM: tl.constexpr):
     """Of a target of 0 or 1: loss and slope in s = z (2g - 1)."""
     if VOXEL_TERM == BCE:
         return hard_focal(s, 0, ASM)
     else:
-        return hard_focal(s, GAMMA, ASM)
+        return hard_focal(s, FLOATS[FOCAL_GAMMA], ASM)
 
 
 @triton.jit
-def binary_term(z, g, a, b, VOXEL_TERM: tl.constexpr, GAMMA: tl.constexpr, ASM: tl.constexpr):
+def binary_term(z, g, a, b, VOXEL_TERM: tl.constexpr, FLOATS: tl.constexpr, ASM: tl.constexpr):
     """Losses that the target weighs by g and by 1 - g, and the slope in z of a first + b second."""
     if VOXEL_TERM == BCE:
         p, q = sigmoid(z, ASM)
         return softplus(-z), softplus(z), b * p - a * q
     else:
-        loss, slope = sigmoid_focal(z, g, GAMMA, ASM)
+        loss, slope = sigmoid_focal(z, g, FLOATS[FOCAL_GAMMA], ASM)
         return loss, loss, (a + b) * slope
