@@ -16,16 +16,18 @@ WHERE_NVCC_RUNS = DICEKERNELS_BUILD=$(or $(DICEKERNELS_BUILD),nvcc)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test test-slow test-sanitize test-torch lint format bench wheel build build-tests clean help
+.PHONY: demo test test-all test-sanitize test-torch lint format bench wheel build build-tests clean help
 
 demo: build ## losses on real volumes, against MONAI
 	$(BIN)/python -m dicekernels.demo $(ARGS)
 
-test: build-tests ## every test but the slow ones (ARGS: more options of pytest)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+# An idle process takes tests from a busy one: the longest take minutes.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+test: build-tests ## what a change can break (ARGS: more options of pytest)
+	$(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: build-tests ## the slow tests
-	$(BIN)/python -m pytest -m slow $(ARGS)
+test-all: build-tests ## every test: the same, sweeps, sanitizers and wheels
+	$(PYTEST) $(ARGS)
 
 # Outside of .ci/run: pip downloads gigabytes where it finds CUDA builds alone.
 TORCH_VERSIONS ?= 2.14.1 2.15.0

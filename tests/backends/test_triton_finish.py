@@ -248,7 +248,9 @@ KINDS = {
 
 
 @compiles
-@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+@pytest.mark.parametrize(
+    "capability", [pytest.param(at, marks=[pytest.mark.slow] * (at != 90)) for at in (80, 90, 100, 120)]
+)
 def test_no_spill(capability: int) -> None:
     with target(capability):
         for kind, batch, shape in itertools.product(KINDS, (False, True), ((2, 512, 4), (64, 2048, 512))):

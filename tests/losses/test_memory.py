@@ -157,7 +157,7 @@ def resident(library, name, shape, code):
     return subprocess_resident(code, SETUP.format(**names), threads=1)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[0], pytest.param(SHAPES[1], marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("name", CALLS)
 def test_resident_memory_of_forward_and_of_a_step(name, shape):
     size = 4 * torch.Size(shape).numel()

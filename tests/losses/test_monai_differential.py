@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import monai_problems
 import monai_problems_beyond_dice
@@ -31,6 +32,11 @@ TRITON_SEED = FIRST_SEED + 2_000_000
 TRITON_CHUNK, TRITON_CHUNKS = 18, 12
 
 
+def chunks(count: int, first: int) -> list[Any]:
+    """The numbers of the chunks; all but the first ones are for `make test-all`."""
+    return [pytest.param(at, marks=[pytest.mark.slow] * (at >= first)) for at in range(count)]
+
+
 def chunk_of(problem: Callable[[int], MonaiProblem], first: int, size: int, backend: str) -> None:
     reason = dicekernels.unavailable_backends().get(backend)
     if reason:
@@ -38,7 +44,7 @@ def chunk_of(problem: Callable[[int], MonaiProblem], first: int, size: int, back
     sweep((problem(seed) for seed in range(first, first + size)), backend)
 
 
-@pytest.mark.parametrize("chunk", range(CPU_CHUNKS))
+@pytest.mark.parametrize("chunk", chunks(CPU_CHUNKS, 8))
 def test_kernels_give_monais_results(chunk: int) -> None:
     chunk_of(monai_problems.problem, FIRST_SEED + chunk * CHUNK, CHUNK, "cpu")
 
@@ -48,7 +54,7 @@ def test_eager_gives_monais_results(chunk: int) -> None:
     chunk_of(monai_problems.problem, EAGER_SEED + chunk * CHUNK, CHUNK, "eager")
 
 
-@pytest.mark.parametrize("chunk", range(MORE_CPU_CHUNKS))
+@pytest.mark.parametrize("chunk", chunks(MORE_CPU_CHUNKS, 12))
 def test_kernels_give_monais_results_in_more_losses(chunk: int) -> None:
     chunk_of(monai_problems_beyond_dice.problem, FIRST_SEED + chunk * MORE_CHUNK, MORE_CHUNK, "cpu")
 
@@ -60,9 +66,7 @@ def test_eager_gives_monais_results_in_more_losses(chunk: int) -> None:
 
 if interpreted():
 
-    @pytest.mark.parametrize(
-        "chunk", [pytest.param(at, marks=[pytest.mark.slow] * (at > 0)) for at in range(TRITON_CHUNKS)]
-    )
+    @pytest.mark.parametrize("chunk", chunks(TRITON_CHUNKS, 1))
     @pytest.mark.parametrize(
         "problem", [monai_problems.problem, monai_problems_beyond_dice.problem], ids=["", "more"]
     )

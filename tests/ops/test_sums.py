@@ -162,7 +162,7 @@ def target_of(kind, shape, seed=1):
     return make_labels((shape[0], *([] if "without" in kind else [1]), *shape[2:]), shape[1], seed=seed)
 
 
-# Triton's interpreter is slow: one kind of target for each in `make test`, the others in `make test-slow`.
+# Triton's interpreter is slow: one kind of target for each in `make test`, the others in `make test-all`.
 TURNS = [
     pytest.param(index, turn, marks=[pytest.mark.slow] * (interpreted() and (index + turn) % 3 != 0))
     for index, turn in itertools.product(range(len(GRID)), range(3))
