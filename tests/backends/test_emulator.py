@@ -73,11 +73,7 @@ def run(
     environment = os.environ | {"DICEKERNELS_EMULATOR_ORDER": order}
     environment.pop("LD_PRELOAD", None)
     return subprocess.run(
-        [str(folder / program), *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
+        [str(folder / program), *arguments], capture_output=True, text=True, env=environment, timeout=120
     )
 
 

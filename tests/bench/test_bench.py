@@ -74,11 +74,7 @@ def test_interleave_takes_turns_and_settles_before_each_sample() -> None:
         return measure.Step(lambda: calls.append(name + ">"), lambda _: calls.append(name + "<"))
 
     samples = measure.interleave(
-        {"a": step("a"), "b": step("b")},
-        rounds=2,
-        warm_up=1,
-        settle=1,
-        flush=lambda: calls.append("flush"),
+        {"a": step("a"), "b": step("b")}, rounds=2, warm_up=1, settle=1, flush=lambda: calls.append("flush")
     )
     warm_up = ["a>", "a<", "b>", "b<"]
     one_round = ["a>", "a<", "flush", "a>", "flush", "a<", "b>", "b<", "flush", "b>", "flush", "b<"]

@@ -83,14 +83,7 @@ def message(call: Loss, *args: Any, error: type[Exception], **options: Any) -> s
 # Flaw, logits, target, to_onehot_y, what was expected, what to do.
 VALUES, LABELS = "expected (2, 4, 5, 6, 7) (one-hot", "expected labels (2, 1, 5, 6, 7)"
 SHAPES: list[tuple[str, Tensor, Tensor, bool, str, str]] = [
-    (
-        "no background",
-        Z,
-        G[:, 1:],
-        False,
-        VALUES,
-        "each of the 4 classes, the background",
-    ),
+    ("no background", Z, G[:, 1:], False, VALUES, "each of the 4 classes, the background"),
     ("fewer classes", Z, G[:, :2], False, VALUES, "one-hot of 4 classes, or give the network 2 output"),
     ("labels as values", Z, Y, False, VALUES, "pass to_onehot_y=True for a label map"),
     ("labels (B, *S) as values", Z, Y[:, 0], False, VALUES, "pass to_onehot_y=True for a label map"),

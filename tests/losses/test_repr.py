@@ -47,10 +47,7 @@ FOUR = [1.0, 2.0, 3.0, 4.0]
         ),
         (TverskyLoss(alpha=0.3, beta=0.7), "TverskyLoss(alpha=0.3, beta=0.7)"),
         (MCCLoss(smooth_nr=1e-5, ignore_index=255), "MCCLoss(smooth_nr=1e-05, ignore_index=255)"),
-        (
-            MaskedDiceLoss(softmax=True, weight=2.0),
-            "MaskedDiceLoss(softmax=True, weight=tensor(1 value))",
-        ),
+        (MaskedDiceLoss(softmax=True, weight=2.0), "MaskedDiceLoss(softmax=True, weight=tensor(1 value))"),
         (FocalLoss(gamma=1.5, alpha=[0.1, 0.9]), "FocalLoss(gamma=1.5, alpha=tensor(2 values))"),
         (FocalLoss(alpha=0.25, weight=FOUR), "FocalLoss(alpha=0.25, weight=tensor(4 values))"),
         (DiceCELoss(**HOT, lambda_ce=0.5), f"DiceCELoss({SHOWN}, lambda_ce=0.5)"),

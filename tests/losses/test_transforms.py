@@ -101,7 +101,10 @@ def test_vmap_gives_the_bits_of_a_loop(name, backend):
     "name",
     [
         "DiceCELoss",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("GeneralizedDiceLoss", "DiceFocalLoss", "MCCLoss")),
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("GeneralizedDiceLoss", "DiceFocalLoss", "MCCLoss")
+        ),
     ],
 )
 def test_every_mode_of_gradcheck(name, backend):

@@ -18,16 +18,7 @@ import torch
 from torch import Tensor
 
 from dicekernels.backends import native
-from dicekernels.spec import (
-    BAD,
-    OVERLAP_ROWS,
-    Activation,
-    FinishSpec,
-    Formula,
-    G,
-    N,
-    SumsSpec,
-)
+from dicekernels.spec import BAD, OVERLAP_ROWS, Activation, FinishSpec, Formula, G, N, SumsSpec
 
 SPEC = SumsSpec(False, Activation.SOFTMAX, rows=OVERLAP_ROWS | G | N | BAD)
 FINISH = FinishSpec(Formula.RATIO)
