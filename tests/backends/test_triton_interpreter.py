@@ -30,13 +30,13 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from packaging.version import Version
+from processes import captured
 
 from dicekernels.backends.triton import support
 
@@ -158,7 +158,7 @@ def run(modules: tuple[str, ...], chosen: str, *options: str) -> dict[str, int]:
         "-k",
         select,
     ]
-    done = subprocess.run(
+    done = captured(
         [
             *command,
             *options,
@@ -166,8 +166,6 @@ def run(modules: tuple[str, ...], chosen: str, *options: str) -> dict[str, int]:
         ],
         env=kept | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=TESTS.parent,
-        capture_output=True,
-        text=True,
     )
     assert done.returncode == 0, f"{done.stdout[-20000:]}\n{done.stderr[-2000:]}"
     summary = done.stdout.strip().splitlines()[-1]

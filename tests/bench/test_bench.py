@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import captured
 from torch import Tensor
 
 pytest.importorskip("monai")
@@ -163,12 +163,10 @@ def test_allocator_modes_do_what_they_say(allocator: str) -> None:
         "print(measure.summarise([float(s.minor_faults) for s in samples]).median)"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-    done = subprocess.run(
+    done = captured(
         [sys.executable, "-c", code],
         env=environment | measure.ALLOCATORS[allocator] | {"OMP_NUM_THREADS": "1"},
         cwd=ROOT,
-        capture_output=True,
-        text=True,
         check=True,
     )
     pages = 2 * size / 4096
@@ -182,12 +180,7 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     out = tmp_path_factory.mktemp("results")
     environment = os.environ | {"OUT": str(out), "PYTHON": sys.executable}
     environment.pop("DICEKERNELS_WHEEL", None)
-    done = subprocess.run(
-        ["bash", str(ROOT / "bench" / "gpu.sh"), "--dry-run", "--no-compiled"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = captured(["bash", str(ROOT / "bench" / "gpu.sh"), "--dry-run", "--no-compiled"], env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, out
 

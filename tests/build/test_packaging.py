@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import wheel_gate
 from packaging.requirements import Requirement
+from processes import captured
 
 import dicekernels
 from dicekernels import data, demo, dispatch
@@ -38,7 +39,7 @@ def library(request: pytest.FixtureRequest) -> Path:
 def run(*command: object, **variables: str) -> subprocess.CompletedProcess[str]:
     texts = [str(part) for part in command]
     environment = os.environ | variables
-    return subprocess.run(texts, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+    return captured(texts, env=environment, cwd=ROOT)
 
 
 def without_nvcc() -> str:
