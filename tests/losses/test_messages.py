@@ -172,18 +172,14 @@ def test_integer_logits_may_be_a_swapped_target(name: str) -> None:
         assert text.endswith("use logits.float()")
 
 
-QUANTIZED = torch.quantize_per_tensor(Y.float(), 1.0, 0, torch.quint8)
+UINT8 = torch.quantize_per_tensor(Y.float(), 1.0, 0, torch.quint8)
 KINDS: list[tuple[str, Any, list[str]]] = [
     ("a list", [Y, Y], ["got a list of 2, expected a torch.Tensor", "torch.stack(", "DeepSupervisionLoss"]),
     ("numbers", Y.tolist(), ["got list, expected a torch.Tensor; wrap it in torch.as_tensor("]),
     ("NumPy", Y.numpy(), ["got ndarray, expected a torch.Tensor; wrap it in torch.as_tensor("]),
     ("COO", Y.to_sparse(), ["got the layout torch.sparse_coo, expected torch.strided; use", ".to_dense()"]),
     ("nested", torch.nested.nested_tensor([Y[0], Y[1]]), ["got a nested tensor", "pad or crop", "stack"]),
-    (
-        "quantized",
-        QUANTIZED,
-        ["got the quantized torch.quint8, expected a plain dtype; use", ".dequantize()"],
-    ),
+    ("quantized", UINT8, ["got the quantized torch.quint8, expected a plain dtype; use", ".dequantize()"]),
     ("complex", Y.cfloat(), ["got torch.complex64, expected a real dtype", ".real or"]),
 ]
 
@@ -298,58 +294,51 @@ def test_a_label_out_of_range_is_an_error_also_where_pytorch_computes(way: str) 
 
 UNSIGNED = torch.full_like(Y, -1).to(torch.uint64)
 # By what the error says, a regular expression.
-MISTAKES: dict[str, tuple[type[Exception], Loss]] = {
-    "softmax: got 'softmax', expected True": (ValueError, lambda: dicekernels.DiceLoss(softmax="softmax")),
-    "sigmoid: got None, expected True": (TypeError, lambda: dicekernels.DiceLoss(sigmoid=None)),
-    "lambda_ce: got '0.5', expected a number": (TypeError, lambda: dicekernels.DiceCELoss(lambda_ce="0.5")),
-    "lambda_ce: got None": (TypeError, lambda: functional.dice_ce_loss(Z, Y, **HOT, lambda_ce=None)),
-    "label_smoothing: got 'a', expected a number": (
-        ValueError,
-        lambda: dicekernels.DiceCELoss(**HOT, label_smoothing="a")(Z, Y),
-    ),
-    "smooth_nr: got 'a', expected a number": (ValueError, lambda: dicekernels.DiceLoss(smooth_nr="a")),
-    "gamma: got None, expected a number": (
-        TypeError,
-        lambda: dicekernels.FocalLoss(to_onehot_y=True, gamma=None)(Z, Y),
-    ),
-    r"alpha: got \[0.3, 0.7\], expected a number": (
-        TypeError,
-        lambda: dicekernels.TverskyLoss(**HOT, alpha=[0.3, 0.7])(Z, Y),
-    ),
-    r"alpha: got shape \(4, 1\), expected 4 values in one dimension": (
-        ValueError,
-        lambda: dicekernels.FocalLoss(to_onehot_y=True, alpha=torch.rand(C, 1))(Z, Y),
-    ),
-    "the result of other_act: got a tuple": (
-        TypeError,
-        lambda: dicekernels.DiceLoss(to_onehot_y=True, other_act=lambda z: (z, z))(Z, Y),
-    ),
-    "the result of w_func: got float": (
-        TypeError,
-        lambda: functional.generalized_dice_loss(Z, Y, **HOT, w_func=lambda g: 1.0),
-    ),
-    "weights: got 'exp', expected a number for each level": (
-        TypeError,
-        lambda: dicekernels.DeepSupervisionLoss(dicekernels.DiceLoss(), weights="exp"),
-    ),
-    "loss: got the class DiceLoss, expected a loss": (
-        TypeError,
-        lambda: dicekernels.DeepSupervisionLoss(dicekernels.DiceLoss),
-    ),
-    "loss: got 'dice', expected a loss": (TypeError, lambda: dicekernels.DeepSupervisionLoss("dice")),
-    r"logits: got torch.float8_e5m2, .* use logits.bfloat16\(\)": (
-        TypeError,
-        lambda: dicekernels.DiceLoss(**HOT)(Z.to(torch.float8_e5m2), Y),
-    ),
-    "the first is 922337203685477580": (
-        LabelRangeError,
-        lambda: dicekernels.DiceLoss(**HOT, ignore_index=-1)(Z, UNSIGNED),
-    ),
+MISTAKES: dict[type[Exception], dict[str, Loss]] = {
+    ValueError: {
+        "softmax: got 'softmax', expected True": lambda: dicekernels.DiceLoss(softmax="softmax"),
+        "label_smoothing: got 'a', expected a number": lambda: dicekernels.DiceCELoss(
+            **HOT, label_smoothing="a"
+        )(Z, Y),
+        "smooth_nr: got 'a', expected a number": lambda: dicekernels.DiceLoss(smooth_nr="a"),
+        r"alpha: got shape \(4, 1\), expected 4 values in one dimension": lambda: dicekernels.FocalLoss(
+            to_onehot_y=True, alpha=torch.rand(C, 1)
+        )(Z, Y),
+    },
+    TypeError: {
+        "sigmoid: got None, expected True": lambda: dicekernels.DiceLoss(sigmoid=None),
+        "lambda_ce: got '0.5', expected a number": lambda: dicekernels.DiceCELoss(lambda_ce="0.5"),
+        "lambda_ce: got None": lambda: functional.dice_ce_loss(Z, Y, **HOT, lambda_ce=None),
+        "gamma: got None, expected a number": lambda: dicekernels.FocalLoss(to_onehot_y=True, gamma=None)(
+            Z, Y
+        ),
+        r"alpha: got \[0.3, 0.7\], expected a number": lambda: dicekernels.TverskyLoss(
+            **HOT, alpha=[0.3, 0.7]
+        )(Z, Y),
+        "the result of other_act: got a tuple": lambda: dicekernels.DiceLoss(
+            to_onehot_y=True, other_act=lambda z: (z, z)
+        )(Z, Y),
+        "the result of w_func: got float": lambda: functional.generalized_dice_loss(
+            Z, Y, **HOT, w_func=lambda g: 1.0
+        ),
+        "weights: got 'exp', expected a number for each level": lambda: dicekernels.DeepSupervisionLoss(
+            dicekernels.DiceLoss(), weights="exp"
+        ),
+        "loss: got the class DiceLoss, expected a loss": lambda: dicekernels.DeepSupervisionLoss(
+            dicekernels.DiceLoss
+        ),
+        "loss: got 'dice', expected a loss": lambda: dicekernels.DeepSupervisionLoss("dice"),
+        r"logits: got torch.float8_e5m2, .* use logits.bfloat16\(\)": lambda: dicekernels.DiceLoss(**HOT)(
+            Z.to(torch.float8_e5m2), Y
+        ),
+    },
+    LabelRangeError: {
+        "the first is 922337203685477580": lambda: dicekernels.DiceLoss(**HOT, ignore_index=-1)(Z, UNSIGNED)
+    },
 }
 
 
-@pytest.mark.parametrize("text", MISTAKES)
-def test_an_option_of_another_kind_is_named(text: str) -> None:
-    error, call = MISTAKES[text]
+@pytest.mark.parametrize(("error", "text"), [(error, text) for error in MISTAKES for text in MISTAKES[error]])
+def test_an_option_of_another_kind_is_named(error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
-        call()
+        MISTAKES[error][text]()
