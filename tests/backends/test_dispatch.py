@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import make_labels, make_logits, make_values
+from processes import captured
 
 import dicekernels
 from dicekernels import (
@@ -33,11 +34,9 @@ def child(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {key: value for key, value in os.environ.items() if key not in environment}
     added = {key: value for key, value in environment.items() if value}
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
+    return captured(
         [sys.executable, "-c", code],
         env=inherited | added | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
         timeout=120,
     )
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from processes import captured
 
 CPP = Path(__file__).parents[1] / "cpp"
 SOURCES = ["emulator_test.cpp", "emulator_memory_test.cpp"]
@@ -63,7 +64,7 @@ def build(tmp_path_factory: pytest.TempPathFactory, name: str, *flags: str) -> P
 
 
 def call(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = captured(command)
     assert done.returncode == 0, done.stderr
 
 
@@ -72,13 +73,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"DICEKERNELS_EMULATOR_ORDER": order}
     environment.pop("LD_PRELOAD", None)
-    return subprocess.run(
-        [str(folder / program), *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-    )
+    return captured([str(folder / program), *arguments], env=environment, timeout=120)
 
 
 def assert_passes(folder: Path, check: str, order: str, program: str = "emulator_test") -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from processes import captured
 from test_emulator import COMPILER, CPP, ORDERS, assert_passes, call, checks_of, compiled_once, run
 
 CSRC = CPP.parent.parent / "csrc"
@@ -45,7 +45,7 @@ def places(program: Path, output: str) -> str:
     """The lines of source of the addresses that races are reported with."""
     found = sorted(set(re.findall(r"0x[0-9a-f]+", output)))
     command = ["addr2line", "-pCfe", str(program), *found]
-    return subprocess.run(command, capture_output=True, text=True).stdout
+    return captured(command).stdout
 
 
 @pytest.mark.parametrize("order", ORDERS)

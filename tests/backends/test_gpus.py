@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import captured
 
 from dicekernels import dispatch
 from dicekernels.backends import gpus, native
@@ -155,7 +156,7 @@ def test_the_driver_is_asked_and_not_initialised(version, reason, tmp_path):
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", source], check=True)
     code = ASK.format(library=str(LIBRARY))
     environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = captured([sys.executable, "-c", code], env=environment)
     assert done.returncode == 0, done.stderr
     obstacle, architectures = done.stdout.splitlines()
     assert reason in obstacle and bool(reason) == bool(obstacle)

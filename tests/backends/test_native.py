@@ -4,7 +4,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import warnings
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import captured
 
 from dicekernels import dispatch
 from dicekernels._version import __version__
@@ -101,7 +101,7 @@ def test_import_and_a_loss_survive_broken_libraries(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "DICEKERNELS_BACKEND"}
     environment["DICEKERNELS_LIBRARY_PATH"] = str(tmp_path)
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = captured(command, env=environment, check=True)
     loss, reason = done.stdout.splitlines()[:2]
     assert abs(float(loss) - 2 / 3) < 1e-6
     assert "invalid ELF header" in reason
@@ -113,9 +113,7 @@ def warnings_of_an_import(folder: Path, **variables: str) -> str:
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
     code = "import dicekernels, sys; import dicekernels.env; print(dicekernels.__file__)"
     command = [sys.executable, "-c", code]
-    done = subprocess.run(
-        command, env=environment | variables, cwd=folder, capture_output=True, text=True, check=True
-    )
+    done = captured(command, env=environment | variables, cwd=folder, check=True)
     assert Path(done.stdout.strip()).parent.parent == folder
     return done.stderr
 
@@ -185,7 +183,7 @@ def test_native_leaves_the_lock_of_a_free_threaded_python_off() -> None:
     """Such a Python takes its lock again for a module that does not say that it needs none."""
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         code = "import sys, dicekernels._native; print(sys._is_gil_enabled())"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        done = captured([sys.executable, "-c", code], check=True)
         assert done.stdout.strip() == "False"
     source = (Path(__file__).parents[2] / "csrc" / "native.cpp").read_text()
     assert re.findall(r"^PYBIND11_MODULE\((.+)\) {$", source, re.M) == ["_native, m, py::mod_gil_not_used()"]

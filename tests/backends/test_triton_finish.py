@@ -13,16 +13,7 @@ import pytest
 import torch
 from test_finish import COMBINATIONS, ROWS_G, SUMS, combination, random_slots, relevant
 from torch import Tensor
-from triton_finish_cases import (
-    ALL_ROWS,
-    DEVICE,
-    F64,
-    check,
-    compiles,
-    quiet,
-    run,
-    runs,
-)
+from triton_finish_cases import ALL_ROWS, DEVICE, F64, check, compiles, quiet, run, runs
 
 pytest.importorskip("triton")
 

@@ -9,15 +9,7 @@ import pytest
 import torch
 from test_finish import ROWS_G, SUMS, random_slots, table
 from torch import Tensor
-from triton_finish_cases import (
-    ALL_ROWS,
-    EPS,
-    F64,
-    assert_equal,
-    quiet,
-    run,
-    runs,
-)
+from triton_finish_cases import ALL_ROWS, EPS, F64, assert_equal, quiet, run, runs
 
 pytest.importorskip("triton")
 

@@ -191,10 +191,7 @@ def test_other_layouts_and_specs_get_a_plan_of_their_own(records: Records) -> No
         )
     before = len(records.planned)
     logits, labels, _, spec = _labels()
-    for other in (
-        replace(spec, ignore_index=1),
-        replace(spec, rows=spec.rows | 64),
-    ):
+    for other in (replace(spec, ignore_index=1), replace(spec, rows=spec.rows | 64)):
         _pass((logits, labels, None, other))
     # A gradient of other strides, and none at all.
     coef = torch.zeros(2, 3, spec.rows.bit_count(), dtype=torch.float64)

@@ -196,11 +196,7 @@ def test_on_a_gpu_it_comes_before_eager(machine, monkeypatch):
     assert dispatch.choose(Logits()).name == "triton"
     refusals = dispatch.refusals(Logits())
     assert refusals.pop("cuda") == dispatch._unavailable["cuda"]
-    assert refusals == {
-        "cpu": "the logits are on cuda, it takes tensors on cpu",
-        "triton": "",
-        "eager": "",
-    }
+    assert refusals == {"cpu": "the logits are on cuda, it takes tensors on cpu", "triton": "", "eager": ""}
     Logits.shape = (1, 513, 9)
     assert dispatch.choose(Logits()).name == "eager"
 

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import captured
 from torch import Tensor
 
 pytest.importorskip("monai")
@@ -74,11 +74,7 @@ def test_interleave_takes_turns_and_settles_before_each_sample() -> None:
         return measure.Step(lambda: calls.append(name + ">"), lambda _: calls.append(name + "<"))
 
     samples = measure.interleave(
-        {"a": step("a"), "b": step("b")},
-        rounds=2,
-        warm_up=1,
-        settle=1,
-        flush=lambda: calls.append("flush"),
+        {"a": step("a"), "b": step("b")}, rounds=2, warm_up=1, settle=1, flush=lambda: calls.append("flush")
     )
     warm_up = ["a>", "a<", "b>", "b<"]
     one_round = ["a>", "a<", "flush", "a>", "flush", "a<", "b>", "b<", "flush", "b>", "flush", "b<"]
@@ -167,12 +163,10 @@ def test_allocator_modes_do_what_they_say(allocator: str) -> None:
         "print(measure.summarise([float(s.minor_faults) for s in samples]).median)"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-    done = subprocess.run(
+    done = captured(
         [sys.executable, "-c", code],
         env=environment | measure.ALLOCATORS[allocator] | {"OMP_NUM_THREADS": "1"},
         cwd=ROOT,
-        capture_output=True,
-        text=True,
         check=True,
     )
     pages = 2 * size / 4096
@@ -186,12 +180,7 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     out = tmp_path_factory.mktemp("results")
     environment = os.environ | {"OUT": str(out), "PYTHON": sys.executable}
     environment.pop("DICEKERNELS_WHEEL", None)
-    done = subprocess.run(
-        ["bash", str(ROOT / "bench" / "gpu.sh"), "--dry-run", "--no-compiled"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = captured(["bash", str(ROOT / "bench" / "gpu.sh"), "--dry-run", "--no-compiled"], env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, out
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import captured
 
 pytest.importorskip("monai")
 jsonschema = pytest.importorskip("jsonschema")
@@ -261,7 +261,7 @@ def test_tuning_refuses_a_result_that_differs() -> None:
 
 def test_gpu_script_refuses_unknown_stages() -> None:
     command = ["bash", str(ROOT / "bench" / "gpu.sh"), "--dry-run", "--only", "bench,test"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = captured(command)
     assert done.returncode == 2 and "--only: got test, expected some of build, check, bench" in done.stderr
 
 

@@ -6,11 +6,11 @@ import doctest
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import captured
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -54,7 +54,7 @@ def test_every_block_runs_alone_and_prints_what_it_shows(page: str) -> None:
     pytest.importorskip("monai")
     blocks = [block for block in BLOCKS[page] if not block[1].startswith(NOT_RUN)]
     command = [sys.executable, "-c", RUN]
-    done = subprocess.run(command, input=json.dumps(blocks), capture_output=True, text=True, cwd=ROOT)
+    done = captured(command, input=json.dumps(blocks), cwd=ROOT)
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout.splitlines()[-1])
     options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
-import subprocess
 import sys
 import typing
 from pathlib import Path
 
 import pytest
+from processes import captured
 
 import dicekernels
 from dicekernels import arguments, functional, modules
@@ -123,7 +123,7 @@ def test_a_text_without_argument_and_an_argument_without_text_are_refused() -> N
 
 def test_without_docstrings_all_imports() -> None:
     code = "import dicekernels; print(dicekernels.DiceLoss.__doc__, dicekernels.DiceLoss.forward.__doc__)"
-    done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = captured([sys.executable, "-OO", "-c", code], cwd=ROOT)
     assert done.stdout.split() == ["None", "None"], done.stderr
 
 
@@ -172,7 +172,7 @@ def test_a_type_checker_refuses_another_word(tmp_path: Path) -> None:
         "region_sums(1, 2)\n"
     )
     command = [sys.executable, "-m", "mypy", "--config-file=", f"--cache-dir={tmp_path}", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = captured(command, cwd=ROOT)
     errors = sorted(
         {
             int(line.split(":")[1])

@@ -5,13 +5,13 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import captured
 
 from dicekernels import env
 from dicekernels.dispatch import available_backends, unavailable_backends
@@ -54,9 +54,7 @@ def test_missing_package_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_env(**variables: str) -> dict[str, Any]:
     """The report of a new process with these variables."""
     command = [sys.executable, "-m", "dicekernels.env", "--json"]
-    done = subprocess.run(
-        command, env=os.environ | variables, cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = captured(command, env=os.environ | variables, cwd=ROOT, check=True)
     return json.loads(done.stdout)
 
 
@@ -95,9 +93,7 @@ def line_of_a_process(**variables: str) -> str:
     code = "from dicekernels import env; print(env.backend_line('cpu'))"
     environment = os.environ | {"DICEKERNELS_BACKEND": ""} | variables
     command = [sys.executable, "-W", "ignore", "-c", code]
-    return subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    return captured(command, env=environment, cwd=ROOT, check=True).stdout.strip()
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="of this processor there is one set only")

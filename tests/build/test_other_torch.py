@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import other_torch
 import pytest
 import torch
+from processes import captured
 from wheel_gate import output
 
 from dicekernels.backends import native
@@ -42,6 +42,6 @@ def test_a_release_that_cannot_be_had_is_skipped_with_the_reason(monkeypatch: py
     for name, value in {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": "/dev/null", "PIP_FIND_LINKS": ""}.items():
         monkeypatch.setenv(name, value)
     command = [sys.executable, other_torch.__file__, "99.1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = captured(command)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("torch 99.1: skipped: ERROR: Could not find a version")

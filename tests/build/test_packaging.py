@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import wheel_gate
 from packaging.requirements import Requirement
+from processes import captured
 
 import dicekernels
 from dicekernels import data, demo, dispatch
@@ -38,7 +39,7 @@ def library(request: pytest.FixtureRequest) -> Path:
 def run(*command: object, **variables: str) -> subprocess.CompletedProcess[str]:
     texts = [str(part) for part in command]
     environment = os.environ | variables
-    return subprocess.run(texts, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+    return captured(texts, env=environment, cwd=ROOT)
 
 
 def without_nvcc() -> str:
@@ -351,15 +352,8 @@ def test_pip_install_with_isolation_stops_with_the_remedy(tmp_path: Path) -> Non
 def test_make_asks_for_what_the_verb_needs(tmp_path: Path, verb: str, asked: str, expected: str) -> None:
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
-    done = run(
-        "make",
-        "-n",
-        verb,
-        f"VENV={tmp_path}",
-        f"PYTHON={sys.executable}",
-        DICEKERNELS_BUILD=asked,
-        MAKEFLAGS="",
-    )
+    places = (f"VENV={tmp_path}", f"PYTHON={sys.executable}")
+    done = run("make", "-n", verb, *places, DICEKERNELS_BUILD=asked, MAKEFLAGS="")
     lines = [line for line in done.stdout.splitlines() if "--no-build-isolation" in line]
     assert [line.removeprefix(expected).split()[0] for line in lines] == [f"{tmp_path}/bin/python"]
 
@@ -436,17 +430,8 @@ def copy_of_the_tree(folder: Path) -> Path:
 
 
 def build_wheel(source: Path, folder: Path, *prefix: str, **variables: str) -> Path:
-    command = (
-        *prefix,
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-build-isolation",
-        "--no-deps",
-        "--no-index",
-    )
-    done = run(*command, "--wheel-dir", folder, source, **variables)
+    pip = (*prefix, sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index")
+    done = run(*pip, "--wheel-dir", folder, source, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = folder.iterdir()
     return path

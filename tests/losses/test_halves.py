@@ -79,11 +79,7 @@ class HalvesProblem:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             whole = getattr(dicekernels, name)(
-                **common,
-                **self.overlap,
-                **self.focal,
-                weight=self.weight,
-                **{first: a, "lambda_focal": b},
+                **common, **self.overlap, **self.focal, weight=self.weight, **{first: a, "lambda_focal": b}
             )
             overlap = kind(**common, **dice)
             focal = dicekernels.FocalLoss(**common, **self.focal, weight=self.weight, mean_over_classes=True)

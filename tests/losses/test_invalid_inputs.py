@@ -58,63 +58,35 @@ def value_and_gradient(
 
 Z, Y = make()
 ONE_HOT = torch.nn.functional.one_hot(Y[:, 0], 3).movedim(-1, 1)
-LABELS = {"to_onehot_y": True, "softmax": True}
+HOT = {"to_onehot_y": True, "softmax": True}
 REFUSED: list[tuple[str, Any, Any, dict[str, Any], type[Exception], list[str]]] = [
-    ("logits of one dimension", Z[0, 0, 0], Y, LABELS, IndexError, ["logits", "(5,)", "(B, C, *spatial)"]),
-    ("complex logits", Z.cfloat(), Y, LABELS, TypeError, ["logits", "complex64", "real", "logits.real"]),
-    ("no logits", None, Y, LABELS, TypeError, ["logits", "NoneType", "torch.Tensor"]),
-    ("integer logits", Z.long(), Y, LABELS, NotImplementedError, ["logits", "int64", "logits.float()"]),
-    ("a list of labels", Z, Y.tolist(), LABELS, TypeError, ["target", "list", "torch.as_tensor"]),
-    ("labels elsewhere", Z, Y.to("meta"), LABELS, ValueError, ["target", "meta", "cpu", ".to("]),
-    ("logits elsewhere", Z.to("meta"), Y, LABELS, ValueError, ["target", "cpu", "meta", ".to("]),
-    (
-        "a mask elsewhere",
-        Z,
-        Y,
-        LABELS | {"mask": Y.to("meta")},
-        ValueError,
-        ["mask", "meta", "cpu", ".to("],
-    ),
-    ("another space", Z, Y[..., :4], LABELS, AssertionError, ["[2, 1, 4, 4]", "[2, 3, 4, 5]"]),
-    ("other samples", Z, Y[:1], LABELS, AssertionError, ["[1, 1, 4, 5]", "[2, 3, 4, 5]"]),
-    ("values as labels", Z, ONE_HOT, LABELS, AssertionError, ["target", "(2, 3, 4, 5)", "to_onehot_y=False"]),
+    ("logits of one dimension", Z[0, 0, 0], Y, HOT, IndexError, ["logits", "(5,)", "(B, C, *spatial)"]),
+    ("complex logits", Z.cfloat(), Y, HOT, TypeError, ["logits", "complex64", "real", "logits.real"]),
+    ("no logits", None, Y, HOT, TypeError, ["logits", "NoneType", "torch.Tensor"]),
+    ("integer logits", Z.long(), Y, HOT, NotImplementedError, ["logits", "int64", "logits.float()"]),
+    ("a list of labels", Z, Y.tolist(), HOT, TypeError, ["target", "list", "torch.as_tensor"]),
+    ("labels elsewhere", Z, Y.to("meta"), HOT, ValueError, ["target", "meta", "cpu", ".to("]),
+    ("logits elsewhere", Z.to("meta"), Y, HOT, ValueError, ["target", "cpu", "meta", ".to("]),
+    ("a mask elsewhere", Z, Y, HOT | {"mask": Y.to("meta")}, ValueError, ["mask", "meta", "cpu", ".to("]),
+    ("another space", Z, Y[..., :4], HOT, AssertionError, ["[2, 1, 4, 4]", "[2, 3, 4, 5]"]),
+    ("other samples", Z, Y[:1], HOT, AssertionError, ["[1, 1, 4, 5]", "[2, 3, 4, 5]"]),
+    ("values as labels", Z, ONE_HOT, HOT, AssertionError, ["target", "(2, 3, 4, 5)", "to_onehot_y=False"]),
     ("labels as values", Z, Y, {"softmax": True}, AssertionError, ["[2, 1, 4, 5]", "to_onehot_y=True"]),
     ("values of another space", Z, ONE_HOT[..., :4], {}, AssertionError, ["[2, 3, 4, 4]", "[2, 3, 4, 5]"]),
+    ("mask of every class", Z, Y, HOT | {"mask": Z}, ValueError, ["mask", "(2, 3, 4, 5)", "(2, 1, 4, 5)"]),
     (
-        "a mask of every class",
+        "no channel",
         Z,
         Y,
-        LABELS | {"mask": Z},
-        ValueError,
-        ["mask", "(2, 3, 4, 5)", "(2, 1, 4, 5)"],
-    ),
-    (
-        "a mask without channel",
-        Z,
-        Y,
-        LABELS | {"mask": Z[:, 0]},
+        HOT | {"mask": Z[:, 0]},
         ValueError,
         ["mask", "(2, 4, 5)", "(2, 1, 4, 5)", "mask[:, None]"],
     ),
-    (
-        "a mask of another batch",
-        Z,
-        Y,
-        LABELS | {"mask": torch.ones(3, 1, 4, 5)},
-        ValueError,
-        ["mask", "(3, 1"],
-    ),
-    ("two activations", Z, Y, LABELS | {"sigmoid": True}, ValueError, ["sigmoid", "softmax", "keep one"]),
+    ("a mask of more", Z, Y, HOT | {"mask": torch.ones(3, 1, 4, 5)}, ValueError, ["mask", "(3, 1"]),
+    ("two activations", Z, Y, HOT | {"sigmoid": True}, ValueError, ["sigmoid", "softmax", "keep one"]),
     ("no callable", Z, Y, {"to_onehot_y": True, "other_act": 3}, TypeError, ["other_act", "callable", "int"]),
-    (
-        "an unknown reduction",
-        Z,
-        Y,
-        LABELS | {"reduction": "avg"},
-        ValueError,
-        ["reduction", "'avg'", "'sum'"],
-    ),
-    ("no reduction", Z, Y, LABELS | {"reduction": None}, ValueError, ["reduction", "None", "'mean'"]),
+    ("an unknown reduction", Z, Y, HOT | {"reduction": "avg"}, ValueError, ["reduction", "'avg'", "'sum'"]),
+    ("no reduction", Z, Y, HOT | {"reduction": None}, ValueError, ["reduction", "None", "'mean'"]),
 ]
 
 
@@ -161,7 +133,7 @@ def test_options_that_do_not_fit(
     name: str, options: dict[str, Any], error: type[Exception], parts: list[str]
 ) -> None:
     with pytest.raises(error) as caught:
-        LOSSES[name](Z, Y, **LABELS, **options)
+        LOSSES[name](Z, Y, **HOT, **options)
     message = str(caught.value)
     assert all(part in message for part in parts), message
 
@@ -216,7 +188,7 @@ def test_labels_out_of_range(name: str, bad: int, dtype: torch.dtype, at: list[i
     labels.flatten()[at] = bad
     first = min(at)
     with pytest.raises(LabelRangeError) as caught:
-        LOSSES[name](logits, labels, **LABELS)
+        LOSSES[name](logits, labels, **HOT)
     assert isinstance(caught.value, ValueError) and isinstance(caught.value, RuntimeError)
     message = str(caught.value)
     for part in (
@@ -238,7 +210,7 @@ def test_labels_out_of_range_are_tolerated_where_they_do_not_count(name: str, ba
     gone = torch.rand(labels.shape, generator=torch.Generator().manual_seed(4)) < 0.3
     spoiled = labels.masked_fill(gone, bad)
     # The mean of a focal loss has another denominator with ignore_index, its sum has not.
-    common = LABELS | ({"reduction": "sum"} if name in FOCAL else {})
+    common = HOT | ({"reduction": "sum"} if name in FOCAL else {})
     clean = value_and_gradient(LOSSES[name], logits, labels, mask=~gone, **common)
     options = {"mask": ~gone} if by == "mask" else {"ignore_index": bad}
     got = value_and_gradient(LOSSES[name], logits, spoiled, **common, **options)
@@ -282,7 +254,7 @@ def test_nothing_leaks_out_of_a_masked_voxel(
 def test_nothing_leaks_out_of_an_ignored_voxel(name: str) -> None:
     logits, labels = make(space=(4099,))
     labels[..., [0, 4096, 4098]] = 255
-    options = LABELS | {"ignore_index": 255}
+    options = HOT | {"ignore_index": 255}
     clean = value_and_gradient(LOSSES[name], logits, labels, **options)
     poisoned = logits.clone()
     poisoned[..., 0], poisoned[:, 1, 4096], poisoned[0, :, 4098] = math.nan, math.inf, -math.inf
@@ -350,7 +322,7 @@ def test_no_samples_and_no_voxels(
 def test_no_voxel_that_counts(name: str, smooth_dr: float, by: str) -> None:
     """The overlap term is 1 - nr / dr as in MONAI (0 for MCC), the voxel term 0, nothing has a gradient."""
     logits, labels = make()
-    options: dict[str, Any] = LABELS | {"smooth_dr": smooth_dr}
+    options: dict[str, Any] = HOT | {"smooth_dr": smooth_dr}
     if by == "mask":
         options["mask"] = torch.zeros(2, 1, 4, 5)
     else:
@@ -364,9 +336,9 @@ def test_no_voxel_that_counts(name: str, smooth_dr: float, by: str) -> None:
 @every_loss
 def test_one_voxel(name: str) -> None:
     logits, labels = make(1, 2, (1,), F64)
-    theirs = getattr(monai.losses, name)(**LABELS)
+    theirs = getattr(monai.losses, name)(**HOT)
     truth = value_and_gradient(theirs, logits, labels)
-    got = value_and_gradient(LOSSES[name], logits, labels, **LABELS)
+    got = value_and_gradient(LOSSES[name], logits, labels, **HOT)
     assert_close_to_truth(got[0], truth[0], truth[0], F32, "loss")
     assert_gradient_close(got[1], truth[1], truth[1], F32, "gradient")
 
@@ -375,7 +347,7 @@ def test_a_forced_backend_says_why_it_refuses(backend: str) -> None:
     """The eager backend takes what no kernel does, and gives the oracle's number."""
     soft = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     cases: list[tuple[str, Tensor, Tensor, dict[str, Any]]] = [
-        ("no spatial dimensions", Z[..., 0, 0], Y[..., 0, 0], LABELS),
+        ("no spatial dimensions", Z[..., 0, 0], Y[..., 0, 0], HOT),
         ("target requires a gradient", Z, soft.clone().requires_grad_(), {"softmax": True}),
         ("ignored class of fractions", Z, soft, {"softmax": True, "ignore_index": 1, "mask": soft[:, :1]}),
     ]

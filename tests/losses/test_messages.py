@@ -28,14 +28,10 @@ M = torch.rand(B, 1, *SPACE, generator=GENERATOR)
 DISTANCES = 1 - torch.eye(C)
 
 Loss = Callable[..., Any]
-ONE_HOT = {
-    "DiceLoss": {"softmax": True},
-    "GeneralizedDiceLoss": {"softmax": True},
-    "TverskyLoss": {"softmax": True},
-    "MCCLoss": {"softmax": True},
-    "DiceCELoss": {"softmax": True},
-    "DiceFocalLoss": {"softmax": True},
-    "GeneralizedDiceFocalLoss": {"softmax": True},
+SOFTMAX: dict[str, Any] = {"softmax": True}
+ONE_HOT: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("DiceLoss", "GeneralizedDiceLoss", "TverskyLoss", "MCCLoss", "DiceCELoss"), SOFTMAX),
+    **dict.fromkeys(("DiceFocalLoss", "GeneralizedDiceFocalLoss"), SOFTMAX),
     "FocalLoss": {},
     "AsymmetricUnifiedFocalLoss": {"num_classes": C},
 }
@@ -83,14 +79,7 @@ def message(call: Loss, *args: Any, error: type[Exception], **options: Any) -> s
 # Flaw, logits, target, to_onehot_y, what was expected, what to do.
 VALUES, LABELS = "expected (2, 4, 5, 6, 7) (one-hot", "expected labels (2, 1, 5, 6, 7)"
 SHAPES: list[tuple[str, Tensor, Tensor, bool, str, str]] = [
-    (
-        "no background",
-        Z,
-        G[:, 1:],
-        False,
-        VALUES,
-        "each of the 4 classes, the background",
-    ),
+    ("no background", Z, G[:, 1:], False, VALUES, "each of the 4 classes, the background"),
     ("fewer classes", Z, G[:, :2], False, VALUES, "one-hot of 4 classes, or give the network 2 output"),
     ("labels as values", Z, Y, False, VALUES, "pass to_onehot_y=True for a label map"),
     ("labels (B, *S) as values", Z, Y[:, 0], False, VALUES, "pass to_onehot_y=True for a label map"),
@@ -183,21 +172,14 @@ def test_integer_logits_may_be_a_swapped_target(name: str) -> None:
         assert text.endswith("use logits.float()")
 
 
+UINT8 = torch.quantize_per_tensor(Y.float(), 1.0, 0, torch.quint8)
 KINDS: list[tuple[str, Any, list[str]]] = [
     ("a list", [Y, Y], ["got a list of 2, expected a torch.Tensor", "torch.stack(", "DeepSupervisionLoss"]),
     ("numbers", Y.tolist(), ["got list, expected a torch.Tensor; wrap it in torch.as_tensor("]),
     ("NumPy", Y.numpy(), ["got ndarray, expected a torch.Tensor; wrap it in torch.as_tensor("]),
-    (
-        "sparse",
-        Y.to_sparse(),
-        ["got the layout torch.sparse_coo, expected torch.strided; use", ".to_dense()"],
-    ),
+    ("COO", Y.to_sparse(), ["got the layout torch.sparse_coo, expected torch.strided; use", ".to_dense()"]),
     ("nested", torch.nested.nested_tensor([Y[0], Y[1]]), ["got a nested tensor", "pad or crop", "stack"]),
-    (
-        "quantized",
-        torch.quantize_per_tensor(Y.float(), 1.0, 0, torch.quint8),
-        ["got the quantized torch.quint8, expected a plain dtype; use", ".dequantize()"],
-    ),
+    ("quantized", UINT8, ["got the quantized torch.quint8, expected a plain dtype; use", ".dequantize()"]),
     ("complex", Y.cfloat(), ["got torch.complex64, expected a real dtype", ".real or"]),
 ]
 
@@ -229,34 +211,17 @@ def test_another_device(name: str) -> None:
         assert text.startswith("mask: got a tensor on meta, expected it on cpu"), text
 
 
+AS_TENSOR = "torch.as_tensor"
+A_LIST = ["target: got a list of 2, expected one tensor", "resized", "target[0]"]
+NO_CHANNEL = ["mask: got shape (2, 5, 6, 7), expected (2, 1, 5, 6, 7)", "mask[:, None]"]
+NO_BATCH = ["target: got shape (5, 6, 7)", "target[None]"]
 DEEP: list[tuple[str, Any, Any, Any, type[Exception], list[str]]] = [
-    (
-        "a target for each output",
-        [Z, Z],
-        [Y, Y],
-        None,
-        TypeError,
-        ["target: got a list of 2, expected one tensor", "resized", "target[0]"],
-    ),
-    ("a target as array", [Z, Z], Y.numpy(), None, TypeError, ["target: got ndarray", "torch.as_tensor"]),
-    ("outputs as arrays", [Z, Z.numpy()], Y, None, TypeError, ["input[1]: got ndarray", "torch.as_tensor"]),
-    (
-        "a target without batch dimension",
-        [Z[:1], Z[:1, ..., ::2]],
-        Y[0, 0],
-        None,
-        ValueError,
-        ["target: got shape (5, 6, 7)", "target[None]"],
-    ),
-    (
-        "a mask without channel",
-        [Z, Z[..., ::2]],
-        Y,
-        M[:, 0],
-        ValueError,
-        ["mask: got shape (2, 5, 6, 7), expected (2, 1, 5, 6, 7)", "mask[:, None]"],
-    ),
-    ("a mask as array", [Z, Z], Y, M.numpy(), TypeError, ["mask: got ndarray", "torch.as_tensor"]),
+    ("a target for each output", [Z, Z], [Y, Y], None, TypeError, A_LIST),
+    ("a target as array", [Z, Z], Y.numpy(), None, TypeError, ["target: got ndarray", AS_TENSOR]),
+    ("outputs as arrays", [Z, Z.numpy()], Y, None, TypeError, ["input[1]: got ndarray", AS_TENSOR]),
+    ("no batch dimension", [Z[:1], Z[:1, ..., ::2]], Y[0, 0], None, ValueError, NO_BATCH),
+    ("a mask without channel", [Z, Z[..., ::2]], Y, M[:, 0], ValueError, NO_CHANNEL),
+    ("a mask as array", [Z, Z], Y, M.numpy(), TypeError, ["mask: got ndarray", AS_TENSOR]),
     ("one half precision output, a list of targets", Z.half(), [Y], None, TypeError, ["target: got a list"]),
 ]
 
@@ -307,17 +272,11 @@ LEARNED = torch.ones(C, requires_grad=True)
 WAYS: dict[str, Loss] = {
     "class weights that are learned": lambda z, y: functional.dice_ce_loss(z, y, **HOT, weight=LEARNED),
     "a lambda that is learned": lambda z, y: functional.dice_ce_loss(z, y, **HOT, lambda_ce=LEARNED[0]),
-    "voxel weights that are learned": lambda z, y: functional.dice_loss(
-        z, y, **HOT, mask=M.clone().requires_grad_()
-    ),
+    "learned voxel weights": lambda z, y: functional.dice_loss(z, y, **HOT, mask=M.clone().requires_grad_()),
     "sums of learned voxel weights": lambda z, y: region_sums(z, y, mask=M.clone().requires_grad_()),
-    "a masked label map": lambda z, y: functional.masked_dice_loss(z, y, torch.ones_like(M), **HOT),
-    "a mask that is learned": lambda z, y: functional.masked_dice_loss(
-        z, y, torch.ones_like(M).requires_grad_(), **HOT
-    ),
-    "weights of the volumes": lambda z, y: functional.generalized_dice_loss(
-        z, y, **HOT, w_func=torch.reciprocal
-    ),
+    "a masked label map": lambda z, y: functional.masked_dice_loss(z, y, M * 0 + 1, **HOT),
+    "a learned mask": lambda z, y: functional.masked_dice_loss(z, y, (M * 0 + 1).requires_grad_(), **HOT),
+    "weights of volumes": lambda z, y: functional.generalized_dice_loss(z, y, **HOT, w_func=torch.reciprocal),
     "a map": lambda z, y: functional.focal_loss(z, y, to_onehot_y=True, reduction="none"),
     "no space": lambda z, y: functional.dice_loss(z[..., 0, 0, 0], y[..., 0, 0, 0], **HOT),
 }
@@ -333,92 +292,53 @@ def test_a_label_out_of_range_is_an_error_also_where_pytorch_computes(way: str) 
         WAYS[way](Z.clone().requires_grad_(), labels)
 
 
-MISTAKES: dict[str, tuple[Loss, type[Exception], str]] = {
-    "softmax by name": (
-        lambda: dicekernels.DiceLoss(softmax="softmax"),
-        ValueError,
-        "softmax: got 'softmax', expected True",
-    ),
-    "sigmoid None": (
-        lambda: dicekernels.DiceLoss(sigmoid=None),
-        TypeError,
-        "sigmoid: got None, expected True",
-    ),
-    "lambda text": (
-        lambda: dicekernels.DiceCELoss(lambda_ce="0.5"),
-        TypeError,
-        "lambda_ce: got '0.5', expected a number",
-    ),
-    "lambda None": (
-        lambda: functional.dice_ce_loss(Z, Y, **HOT, lambda_ce=None),
-        TypeError,
-        "lambda_ce: got None",
-    ),
-    "smoothing": (
-        lambda: dicekernels.DiceCELoss(**HOT, label_smoothing="a")(Z, Y),
-        ValueError,
-        "label_smoothing: got 'a', expected a number",
-    ),
-    "smooth_nr": (
-        lambda: dicekernels.DiceLoss(smooth_nr="a"),
-        ValueError,
-        "smooth_nr: got 'a', expected a number",
-    ),
-    "gamma": (
-        lambda: dicekernels.FocalLoss(to_onehot_y=True, gamma=None)(Z, Y),
-        TypeError,
-        "gamma: got None, expected a number",
-    ),
-    "alpha of Tversky": (
-        lambda: dicekernels.TverskyLoss(**HOT, alpha=[0.3, 0.7])(Z, Y),
-        TypeError,
-        r"alpha: got \[0.3, 0.7\], expected a number",
-    ),
-    "alpha in two dimensions": (
-        lambda: dicekernels.FocalLoss(to_onehot_y=True, alpha=torch.rand(C, 1))(Z, Y),
-        ValueError,
-        r"alpha: got shape \(4, 1\), expected 4 values in one dimension",
-    ),
-    "other_act": (
-        lambda: dicekernels.DiceLoss(to_onehot_y=True, other_act=lambda z: (z, z))(Z, Y),
-        TypeError,
-        "the result of other_act: got a tuple",
-    ),
-    "w_func": (
-        lambda: functional.generalized_dice_loss(Z, Y, **HOT, w_func=lambda g: 1.0),
-        TypeError,
-        "the result of w_func: got float",
-    ),
-    "levels": (
-        lambda: dicekernels.DeepSupervisionLoss(dicekernels.DiceLoss(), weights="exp"),
-        TypeError,
-        "weights: got 'exp', expected a number for each level",
-    ),
-    "a class": (
-        lambda: dicekernels.DeepSupervisionLoss(dicekernels.DiceLoss),
-        TypeError,
-        "loss: got the class DiceLoss, expected a loss",
-    ),
-    "a name": (
-        lambda: dicekernels.DeepSupervisionLoss("dice"),
-        TypeError,
-        "loss: got 'dice', expected a loss",
-    ),
-    "eight bits": (
-        lambda: dicekernels.DiceLoss(**HOT)(Z.to(torch.float8_e5m2), Y),
-        TypeError,
-        r"logits: got torch.float8_e5m2, .* use logits.bfloat16\(\)",
-    ),
-    "uint64": (
-        lambda: dicekernels.DiceLoss(**HOT, ignore_index=-1)(Z, torch.full_like(Y, -1).to(torch.uint64)),
-        LabelRangeError,
-        "the first is 922337203685477580",
-    ),
+UNSIGNED = torch.full_like(Y, -1).to(torch.uint64)
+# By what the error says, a regular expression.
+MISTAKES: dict[type[Exception], dict[str, Loss]] = {
+    ValueError: {
+        "softmax: got 'softmax', expected True": lambda: dicekernels.DiceLoss(softmax="softmax"),
+        "label_smoothing: got 'a', expected a number": lambda: dicekernels.DiceCELoss(
+            **HOT, label_smoothing="a"
+        )(Z, Y),
+        "smooth_nr: got 'a', expected a number": lambda: dicekernels.DiceLoss(smooth_nr="a"),
+        r"alpha: got shape \(4, 1\), expected 4 values in one dimension": lambda: dicekernels.FocalLoss(
+            to_onehot_y=True, alpha=torch.rand(C, 1)
+        )(Z, Y),
+    },
+    TypeError: {
+        "sigmoid: got None, expected True": lambda: dicekernels.DiceLoss(sigmoid=None),
+        "lambda_ce: got '0.5', expected a number": lambda: dicekernels.DiceCELoss(lambda_ce="0.5"),
+        "lambda_ce: got None": lambda: functional.dice_ce_loss(Z, Y, **HOT, lambda_ce=None),
+        "gamma: got None, expected a number": lambda: dicekernels.FocalLoss(to_onehot_y=True, gamma=None)(
+            Z, Y
+        ),
+        r"alpha: got \[0.3, 0.7\], expected a number": lambda: dicekernels.TverskyLoss(
+            **HOT, alpha=[0.3, 0.7]
+        )(Z, Y),
+        "the result of other_act: got a tuple": lambda: dicekernels.DiceLoss(
+            to_onehot_y=True, other_act=lambda z: (z, z)
+        )(Z, Y),
+        "the result of w_func: got float": lambda: functional.generalized_dice_loss(
+            Z, Y, **HOT, w_func=lambda g: 1.0
+        ),
+        "weights: got 'exp', expected a number for each level": lambda: dicekernels.DeepSupervisionLoss(
+            dicekernels.DiceLoss(), weights="exp"
+        ),
+        "loss: got the class DiceLoss, expected a loss": lambda: dicekernels.DeepSupervisionLoss(
+            dicekernels.DiceLoss
+        ),
+        "loss: got 'dice', expected a loss": lambda: dicekernels.DeepSupervisionLoss("dice"),
+        r"logits: got torch.float8_e5m2, .* use logits.bfloat16\(\)": lambda: dicekernels.DiceLoss(**HOT)(
+            Z.to(torch.float8_e5m2), Y
+        ),
+    },
+    LabelRangeError: {
+        "the first is 922337203685477580": lambda: dicekernels.DiceLoss(**HOT, ignore_index=-1)(Z, UNSIGNED)
+    },
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_an_option_of_another_kind_is_named(name: str) -> None:
-    call, error, text = MISTAKES[name]
+@pytest.mark.parametrize(("error", "text"), [(error, text) for error in MISTAKES for text in MISTAKES[error]])
+def test_an_option_of_another_kind_is_named(error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
-        call()
+        MISTAKES[error][text]()

@@ -145,11 +145,7 @@ def test_other_options_of_a_number_for_each_class() -> None:
 def test_the_text_of_a_scripted_weight() -> None:
     options = {"to_onehot_y": True, "softmax": True, "include_background": False}
     for weight, loss, part in (
-        (
-            [1.0] * (C - 1),
-            dicekernels.DiceCELoss,
-            "Got 3, expected 4: the weight of DiceCELoss has one",
-        ),
+        ([1.0] * (C - 1), dicekernels.DiceCELoss, "Got 3, expected 4: the weight of DiceCELoss has one"),
         ([1.0] * C, dicekernels.DiceLoss, "Got 4, expected 3; leave out that of the background, weight[1:]"),
         ([1.0, math.nan, 1.0], dicekernels.DiceLoss, "weight: got nan, expected finite values"),
     ):

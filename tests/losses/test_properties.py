@@ -161,11 +161,7 @@ def test_a_voxel_of_weight_n_counts_as_n_voxels(loss: Loss, problem: Labelled) -
         return torch.zeros_like(z, dtype=gradient.dtype).index_add(2, several, gradient)
 
     assert_equal_losses(
-        loss,
-        problem.dtype,
-        (z, y, {"mask": mask.float()}),
-        (z[..., several], y[..., several], {}),
-        gathered,
+        loss, problem.dtype, (z, y, {"mask": mask.float()}), (z[..., several], y[..., several], {}), gathered
     )
 
 
@@ -183,12 +179,7 @@ def test_softmax_losses_do_not_see_a_shift(loss: Loss, problem: Labelled) -> Non
     assert_equal_losses(loss, dtype, (z + shift, y, {}), (z, y, {}))
 
 
-BOUNDS = {
-    "dice_loss": 1.0,
-    "generalized_dice_loss": 1.0,
-    "tversky_loss": 1.0,
-    "mcc_loss": 2.0,
-}
+BOUNDS = {"dice_loss": 1.0, "generalized_dice_loss": 1.0, "tversky_loss": 1.0, "mcc_loss": 2.0}
 
 
 @PROPERTY

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from monai.networks import convert_to_torchscript
+from processes import captured
 from test_monai_modules import F32, F64, make, run
 from torch import Tensor, nn
 
@@ -228,11 +228,9 @@ for file in files:
     print(torch.jit.load(file)(logits, labels).item())
 """
     root = str(Path(dicekernels.__file__).parents[1])
-    ran = subprocess.run(
+    ran = captured(
         [sys.executable, "-W", "ignore", "-c", code],
         cwd=tmp_path,
-        capture_output=True,
-        text=True,
         check=True,
         env=os.environ | {"PYTHONPATH": root},
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import gradient, laid_out, make_labels, make_logits, make_mask, make_values, oracle_rows
+from processes import captured
 
 from dicekernels import functional, region_sums
 from dicekernels.testing import assert_close_to_truth, assert_gradient_close
@@ -138,7 +139,7 @@ def run_child(capability: str, code: str, *arguments: str) -> subprocess.Complet
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     added = {"DICEKERNELS_CPU_CAPABILITY": capability, "PYTHONPATH": path, "DICEKERNELS_BACKEND": "cpu"}
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, env=os.environ | added, capture_output=True, text=True, timeout=200)
+    return captured(command, env=os.environ | added, timeout=200)
 
 
 def capability_problems():

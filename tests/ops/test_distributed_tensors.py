@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import captured
 
 CODE = """
 import sys
@@ -52,12 +52,7 @@ torch.distributed.destroy_process_group()
 def test_distributed_tensors_are_refused_by_name(name: str, tmp_path: Path) -> None:
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("torch was built without gloo")
-    run = subprocess.run(
-        [sys.executable, "-c", CODE, str(tmp_path / "store"), name],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    run = captured([sys.executable, "-c", CODE, str(tmp_path / "store"), name], timeout=300)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["logits", "target", "mask", "weight", "weight"]

@@ -8,26 +8,17 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from typing import Any
 
 import emulated
 import pytest
 import torch
+from processes import captured
 from torch import Tensor
 
 from dicekernels.backends import native
-from dicekernels.spec import (
-    BAD,
-    OVERLAP_ROWS,
-    Activation,
-    FinishSpec,
-    Formula,
-    G,
-    N,
-    SumsSpec,
-)
+from dicekernels.spec import BAD, OVERLAP_ROWS, Activation, FinishSpec, Formula, G, N, SumsSpec
 
 SPEC = SumsSpec(False, Activation.SOFTMAX, rows=OVERLAP_ROWS | G | N | BAD)
 FINISH = FinishSpec(Formula.RATIO)
@@ -102,10 +93,5 @@ def test_the_cuda_library_refuses_tensors_of_the_cpu(op):
         key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
         getattr(torch.ops.dicekernels, {op!r}).default.redispatch(key, *make().values(), *numbers)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
+    done = captured([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     assert re.search("(logits|sums): got a tensor on cpu, expected one on cuda", done.stderr), done.stderr

@@ -6,10 +6,10 @@ import ctypes
 import fcntl
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from processes import captured
 from torch import Tensor
 
 CPP = Path(__file__).parents[1] / "cpp"
@@ -39,7 +39,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 def call(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = captured(command)
     assert done.returncode == 0, done.stderr
 
 

@@ -253,11 +253,7 @@ def draw_ignored(
 
 
 def own_options(
-    rng: random.Random,
-    generator: torch.Generator,
-    loss: str,
-    logits: Tensor,
-    options: dict[str, Any],
+    rng: random.Random, generator: torch.Generator, loss: str, logits: Tensor, options: dict[str, Any]
 ) -> dict[str, Any]:
     """The options that only this loss has; they may override the shared ones."""
     classes = logits.shape[1]

@@ -205,11 +205,7 @@ def _unified(rng: random.Random, generator: torch.Generator, samples: int, space
 
 
 def _levels(
-    rng: random.Random,
-    generator: torch.Generator,
-    inner: dict[str, Any],
-    logits: Tensor,
-    target: Tensor,
+    rng: random.Random, generator: torch.Generator, inner: dict[str, Any], logits: Tensor, target: Tensor
 ) -> tuple[dict[str, Any], Tensor, list[Tensor] | None]:
     """Options of the wrapper, the target in a dtype that torch resizes (mostly), and coarser outputs."""
     if rng.random() < 0.9 and inner["reduction"] == "none":  # MONAI refuses it

@@ -11,18 +11,7 @@ pytest.importorskip("triton")
 from dicekernels import finish as formulas
 from dicekernels.backends.triton import support
 from dicekernels.backends.triton.finish import finish
-from dicekernels.spec import (
-    BAD,
-    LS,
-    NEG,
-    OVERLAP_ROWS,
-    POS,
-    TN,
-    FinishSpec,
-    G,
-    N,
-    Weights,
-)
+from dicekernels.spec import BAD, LS, NEG, OVERLAP_ROWS, POS, TN, FinishSpec, G, N, Weights
 
 F64 = torch.float64
 EPS = torch.finfo(F64).eps
