@@ -140,13 +140,8 @@ def test_every_mode_of_gradcheck_for_region_sums(backend):
 def test_hessians_agree():
     step, arguments = Step("DiceCELoss", dicekernels), data("DiceCELoss", F64, SPACE)
     forward_over_reverse = func.hessian(step)(*arguments)
-    options = {
-        "to_onehot_y": True,
-        "softmax": True,
-        "lambda_ce": 0.5,
-        "weight": torch.tensor([0.2, 0.3, 0.5]),
-    }
-    truth = func.hessian(lambda z: reference.dice_ce_loss(z, arguments[1], **options))(arguments[0])
+    given = {"to_onehot_y": True, "softmax": True, "lambda_ce": 0.5, "weight": torch.tensor([0.2, 0.3, 0.5])}
+    truth = func.hessian(lambda z: reference.dice_ce_loss(z, arguments[1], **given))(arguments[0])
     for got in (forward_over_reverse, func.jacrev(func.jacrev(step))(*arguments)):
         assert_gradient_close(got, truth, truth, F64, "hessian")
 

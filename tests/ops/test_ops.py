@@ -59,12 +59,7 @@ PROBLEMS = {
         None,
         LABELS,
     ),
-    "class slice": (
-        laid_out(make_logits((2, 3, 40), F64), "class_slice"),
-        make_values((2, 3, 40)),
-        None,
-        VALUES,
-    ),
+    "slice": (laid_out(make_logits((2, 3, 40), F64), "class_slice"), make_values((2, 3, 40)), None, VALUES),
     "empty batch": (make_logits((0, 3, 40)), make_labels((0, 1, 40), 3), None, LABELS),
 }
 FINISHES = {
@@ -113,10 +108,7 @@ LOSSES = {
     "dice none": (functional.dice_loss, HOT | {"reduction": "none", "ignore_index": 1}),
     "dice soft": (functional.dice_loss, {"softmax": True, "soft_label": True}),
     "generalized": (functional.generalized_dice_loss, HOT),
-    "generalized simple": (
-        functional.generalized_dice_loss,
-        {"sigmoid": True, "w_type": "simple", "batch": True},
-    ),
+    "gdl simple": (functional.generalized_dice_loss, {"sigmoid": True, "w_type": "simple", "batch": True}),
     "tversky": (functional.tversky_loss, HOT | {"alpha": 0.3, "beta": 0.7}),
     "tversky focal": (functional.tversky_loss, HOT | {"gamma": 0.75, "reduction": "none", "batch": True}),
     "dice_ce": (functional.dice_ce_loss, HOT | {"lambda_dice": 0.7, "label_smoothing": 0.1}),
