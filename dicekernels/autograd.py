@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import eager
-from .ops import NAMESPACES, handles, libraries, loss_args, run_loss, run_totals
+from .ops import NAMESPACES, direct, handles, libraries, loss_args, run_loss, run_totals
 from .spec import LossSpec, SumsSpec, Weights
 
 Tensors = tuple[Tensor | None, ...]
@@ -244,7 +244,11 @@ class DirectLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        return TracedLoss.backward(ctx, grad_loss, None)[0], None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return TracedLoss.backward(ctx, grad_loss, None)[0], None
+        coef, logits, target, mask, *_ = ctx.saved_tensors
+        op = direct[ctx.namespace].sums_backward
+        return op(grad_loss, logits, target, mask, coef, *ctx.spec.sums.args()), None
 
 
 class LogitsGradient(torch.autograd.Function):

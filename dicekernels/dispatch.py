@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from .arguments import documented
-from .backends import gpus, native
+from .backends import gpus, native, refused
 from .backends.triton import support as triton_support
 
 MAX_CLASSES = 4096
 MAX_CUDA_CLASSES = 512
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BACKEND_VARIABLE = "DICEKERNELS_BACKEND"
 
 
@@ -47,20 +46,12 @@ def _cpu_available() -> str:
 def _cpu_can_run(device: str, dtype: torch.dtype, classes: int) -> str:
     if device != "cpu":
         return f"the logits are on {device}, it takes tensors on cpu"
-    if dtype not in KERNEL_DTYPES:
-        return f"the logits are {dtype}, it takes float32, float16, bfloat16 and float64"
-    if classes > MAX_CLASSES:
-        return f"the logits have {classes} classes, it takes up to {MAX_CLASSES}"
-    return ""
+    return refused(dtype, classes, MAX_CLASSES)
 
 
 def cuda_takes(dtype: torch.dtype, classes: int) -> str:
     """ "" or the reason why the CUDA kernels do not take logits of these."""
-    if dtype not in KERNEL_DTYPES:
-        return f"the logits are {dtype}, it takes float32, float16, bfloat16 and float64"
-    if classes > MAX_CUDA_CLASSES:
-        return f"the logits have {classes} classes, it takes up to {MAX_CUDA_CLASSES}"
-    return ""
+    return refused(dtype, classes, MAX_CUDA_CLASSES)
 
 
 def _cuda_available() -> str:

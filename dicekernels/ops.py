@@ -41,8 +41,9 @@ class Handles(NamedTuple):
     totals: Any
 
 
-# By namespace, filled by ``define``.
+# By namespace, filled by ``define``: what a trace can follow, and the same without Python's share of a call.
 handles: dict[str, Handles] = {}
+direct: dict[str, Handles] = {}
 libraries: dict[str, torch.library.Library] = {}
 
 
@@ -212,7 +213,8 @@ def define(namespace: str) -> None:
         if namespace in PYTHON or not op.compiled:
             body = functools.wraps(op.body)(functools.partial(op.body, namespace))
             library.impl(name, on_one_device(op.schema, body), "CompositeExplicitAutograd")
-    handles[namespace] = Handles(*(getattr(getattr(torch.ops, namespace), name).default for name in OPS))
+    overloads = [getattr(getattr(torch.ops, namespace), name).default for name in OPS]
+    handles[namespace], direct[namespace] = Handles(*overloads), Handles(*(op._op for op in overloads))
 
 
 for _namespace in NAMESPACES:
@@ -224,9 +226,8 @@ if torch.version.cuda is not None:
 
 def call_sums(namespace: str, logits: Tensor, target: Tensor, mask: Tensor | None, spec: SumsSpec) -> Tensor:
     """The op ``sums``; a label out of range raises LabelRangeError, here or in a later call (deferred.py)."""
-    op = handles[namespace].sums
     if torch.compiler.is_compiling():
-        result: Tensor = op(logits, target, mask, *spec.args())
+        result: Tensor = handles[namespace].sums(logits, target, mask, *spec.args())
         return result
     # The kernels of the CPU raise by themselves, as what is in PYTHON where that costs no wait. Those of a
     # GPU count such labels; whoever launches them decides whether to wait for the count.
@@ -234,7 +235,7 @@ def call_sums(namespace: str, logits: Tensor, target: Tensor, mask: Tensor | Non
     if not raises:
         deferred.raise_earlier(logits.device)
     try:
-        slots: Tensor = op(logits, target, mask, *spec.args())
+        slots: Tensor = direct[namespace].sums(logits, target, mask, *spec.args())
         if not raises and (namespace not in PYTHON or not deferred.reads_at_once(logits.device)):
             _count(slots, logits, target, mask, spec)
         return slots
@@ -270,9 +271,8 @@ def run_loss(
     weights = (class_weight, pos_weight, neg_weight, region_lambda, voxel_lambda)
     slots = call_sums(namespace, logits, target, mask, spec.sums)
     numbers = spec.finish.args(logits.numel() == 0)
-    result: tuple[Tensor, Tensor] = handles[namespace].finish(
-        slots, *weights, spec.sums.rows, *numbers, dtype
-    )
+    finish = (handles if torch.compiler.is_compiling() else direct)[namespace].finish
+    result: tuple[Tensor, Tensor] = finish(slots, *weights, spec.sums.rows, *numbers, dtype)
     return result
 
 

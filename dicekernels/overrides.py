@@ -22,8 +22,8 @@ def remember(*names: str) -> Callable[[_Kind], _Kind]:
     return noted
 
 
-def overridden(module: nn.Module, kind: type[nn.Module]) -> tuple[str, ...]:
-    """The remembered methods of ``kind`` that ``module`` has others for.
+def overridden(module: nn.Module, kind: type[nn.Module], but: str = "") -> tuple[str, ...]:
+    """The remembered methods of ``kind``, ``but`` one, that ``module`` has others for.
 
     Raises:
         TypeError: a submodule was set under the name of a method, where no lookup finds it.
@@ -35,7 +35,7 @@ def overridden(module: nn.Module, kind: type[nn.Module]) -> tuple[str, ...]:
                 f"{type(module).__name__}.{name}: got a module under the name of a method, which Python "
                 "finds first; set a function, or override the method in a subclass"
             )
-        if name in module.__dict__ or getattr(type(module), name) is not method:
+        if name != but and (name in module.__dict__ or getattr(type(module), name) is not method):
             names += (name,)
     return names
 

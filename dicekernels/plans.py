@@ -7,7 +7,6 @@ call: a change of any of them makes another key.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,15 +20,17 @@ from .spec import LossSpec, Weights
 # A training run makes a handful; one that makes more than this starts anew.
 LIMIT = 256
 # Options of another value in every call, which are in no key: with the field of Weights that they become.
-_LAMBDAS = {
+LAMBDAS = {
     "lambda_dice": "region_lambda",
     "lambda_gdl": "region_lambda",
     "lambda_ce": "voxel_lambda",
     "lambda_focal": "voxel_lambda",
 }
+# Options that may be tensors: of these a key has the shape.
+TENSORS = ("mask", "weight", "dice_weight")
+VARYING = {*TENSORS, *LAMBDAS}
 # Where the factors of the classes come from; the first of these options that is a tensor.
 _WEIGHTS = {"class_weight": ("dice_weight", "weight"), "pos_weight": ("weight",), "neg_weight": ()}
-_TENSORS = ("mask", "weight", "dice_weight")
 _DEVICES = ("cpu", "cuda", "xpu")
 
 Key = tuple[Any, ...]
@@ -86,38 +87,44 @@ _plans: dict[Key, Plan] = {}
 
 
 def find(
-    function: Callable[..., Any], logits: Tensor, target: Tensor, options: dict[str, Any]
+    what: Key, logits: Tensor, target: Tensor, options: dict[str, Any]
 ) -> tuple[Key | None, Plan | None]:
-    """The key of a call, None where there is no plan for its like, and the plan that was kept under it."""
-    if torch.compiler.is_compiling() or type(logits) is not Tensor or type(target) is not Tensor:
+    """The key of a call, None where there is no plan for its like, and the plan that was kept under it.
+
+    Args:
+        what: the loss and those of its options that are not VARYING.
+        options: with the others.
+    """
+    if type(logits) is not Tensor or type(target) is not Tensor or logits.is_nested or target.is_nested:
         return None, None
-    if is_observed() or torch._C._are_functorch_transforms_active() or logits.is_nested or target.is_nested:
+    if is_observed() or torch._C._are_functorch_transforms_active():
         return None, None
     device = logits.device
     if device.type not in _DEVICES:
         return None, None
-    seen = options.copy()
-    for name in _TENSORS:
-        value = seen.get(name)
+    facts: list[Any] = [what, dispatch.forced_backend(), torch.is_autocast_enabled(device.type)]
+    facts += (logits.shape, logits.dtype, device, logits.layout)
+    facts += (target.shape, target.dtype, target.device, target.layout)
+    for name in TENSORS:
+        value = options.get(name)
         if isinstance(value, Tensor):
             if type(value) not in (Tensor, nn.Parameter) or value.is_nested:
                 return None, None
-            seen[name] = (value.shape, value.dtype, value.device, value.layout)
-    for name in _LAMBDAS:
-        seen.pop(name, None)
-    key = (
-        function,
-        dispatch.forced_backend(),
-        torch.is_autocast_enabled(device.type),
-        (logits.shape, logits.dtype, device, logits.layout),
-        (target.shape, target.dtype, target.device, target.layout),
-        tuple(options),
-        tuple(seen.values()),
-    )
+            facts += (name, value.shape, value.dtype, value.device, value.layout)
+        elif value is not None:
+            facts += (name, value)
+    key = tuple(facts)
     try:
         return key, _plans.get(key)
     except TypeError:  # a list among the options
         return None, None
+
+
+def put(key: Key, plan: Plan) -> None:
+    """Keeps a plan under a key."""
+    if len(_plans) >= LIMIT:
+        _plans.clear()
+    _plans[key] = plan
 
 
 def keep(key: Key, call: Call, logits: Tensor, target: Tensor, options: dict[str, Any]) -> None:
@@ -128,8 +135,8 @@ def keep(key: Key, call: Call, logits: Tensor, target: Tensor, options: dict[str
     own = call.logits is logits and call.target is target and call.mask is options.get("mask")
     if warns or not own or call.between is not None or call.volume_weight is not None or call.notes:
         return
-    tensors = {name for name, x in options.items() if isinstance(x, Tensor) and name not in _LAMBDAS}
-    if not tensors <= set(_TENSORS):
+    tensors = {name for name, x in options.items() if isinstance(x, Tensor) and name not in LAMBDAS}
+    if not tensors <= set(TENSORS):
         return
     weights = []
     for field, places in _WEIGHTS.items():
@@ -141,10 +148,8 @@ def keep(key: Key, call: Call, logits: Tensor, target: Tensor, options: dict[str
             weights.append((field, name))
     if tensors - {"mask"} != {name for _, name in weights}:
         return
-    lambdas = tuple((field, name) for name, field in _LAMBDAS.items() if name in options)
+    lambdas = tuple((field, name) for name, field in LAMBDAS.items() if name in options)
     watched = (*tensors, *(name for _, name in lambdas))
     namespace = dispatch.choose(logits).namespace
     plan = Plan(call.spec, namespace, call.dtype, call.shape, watched, tuple(weights), lambdas)
-    if len(_plans) >= LIMIT:
-        _plans.clear()
-    _plans[key] = plan
+    put(key, plan)

@@ -40,7 +40,9 @@ def loss(
 
         @functools.wraps(build)
         def computed(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
-            key, plan = plans.find(build, logits, target, options)
+            key = plan = None
+            if not torch.compiler.is_compiling():
+                key, plan = plans.find(what(build, options), logits, target, options)
             if plan is not None and plan.takes(target, options):
                 return plan.run(logits, target, options)
             if oracle is not None:
@@ -61,6 +63,11 @@ def loss(
         return cast(Callable[P, Tensor], computed)
 
     return decorate
+
+
+def what(build: Callable[..., Built], options: dict[str, Any]) -> plans.Key:
+    """A loss and its options, as far as a plan is for them alone."""
+    return build, *((name, value) for name, value in options.items() if name not in plans.VARYING)
 
 
 def ignores_fractions(logits: Tensor, target: Tensor, options: dict[str, Any]) -> bool:

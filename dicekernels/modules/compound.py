@@ -129,6 +129,8 @@ class DiceCELoss(TwoHalves):
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.dice_ce_loss`` with the options of this module."""
+        if (loss := self._planned(input, target, mask)) is not None:
+            return loss
         binary = checks.single_channel(input)
         reason, _ = self.bent("cross_entropy" if binary else "binary_cross_entropy")
         if reason:

@@ -62,6 +62,8 @@ class FocalLoss(Loss):
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.focal_loss`` with the options of this module."""
+        if (loss := self._planned(input, target, mask)) is not None:
+            return loss
         return functional.focal_loss(input, target, mask=mask, **self._options())
 
 
@@ -146,6 +148,8 @@ class DiceFocalLoss(_OverlapFocal):
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.dice_focal_loss`` with the options of this module."""
+        if (loss := self._planned(input, target, mask)) is not None:
+            return loss
         reason, _ = self.bent()
         if reason:
             return self._apart(input, target, mask, reason)
@@ -215,6 +219,8 @@ class GeneralizedDiceFocalLoss(_OverlapFocal):
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.generalized_dice_focal_loss`` with the options of this module."""
+        if (loss := self._planned(input, target, mask)) is not None:
+            return loss
         reason, _ = self.bent()
         if reason:
             return self._apart(input, target, mask, reason)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from enum import Enum
 from numbers import Number
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
-from .. import checks, scripting
+from .. import checks, plans, scripting
+from ..functional.loss import what
 from ..functional.wasserstein import MODES
+from ..overrides import overridden
 
 CHOICES = {
     "reduction": ("mean", "sum", "none"),
@@ -62,8 +64,11 @@ class Loss(_Loss):
         CONDITIONS: what must hold for the halves of a loss to share one pass, of ALIKE and FIXED.
         READ: part, option and attribute, of OPTIONS.
         READERS: part, its options, and what reads them all at once, which costs a third.
+        STATE: part, and what reads all that a plan of the loss depends on.
+        VARY: part, option and attribute, of the options in no plan.
         SHADOWED: a subclass has an attribute or property of its own under the name of a part.
         KIND: the class of this package that a loss is, or derives from.
+        BUILD: what FUNCTION runs.
     """
 
     FUNCTION: ClassVar[Any] = None
@@ -78,8 +83,11 @@ class Loss(_Loss):
     CONDITIONS: ClassVar[tuple[Condition, ...]] = ()
     READ: ClassVar[tuple[tuple[str, str, str], ...]] = ()
     READERS: ClassVar[tuple[tuple[str, tuple[str, ...], Callable[[Any], Any]], ...]] = ()
+    STATE: ClassVar[tuple[tuple[str, Callable[[Any], Any]], ...]] = ()
+    VARY: ClassVar[tuple[tuple[str, str, str], ...]] = ()
     SHADOWED: ClassVar[bool] = False
     KIND: ClassVar[type[Loss]]
+    BUILD: ClassVar[Any] = None
 
     if TYPE_CHECKING:  # not in the class: TorchScript would read it there
         reduction: Literal["mean", "sum", "none"]
@@ -89,9 +97,13 @@ class Loss(_Loss):
         if cls.__module__.startswith("dicekernels.modules."):
             cls.KIND = cls
             named = [(part, names) for part, names in cls.OPTIONS.items() if names]
-            cls.READERS = tuple((part, tuple(names), _reader(names)) for part, names in named)
+            cls.READERS = tuple((part, tuple(names), _reader(names.values())) for part, names in named)
             cls.READ = tuple((part, *one) for part, names in cls.OPTIONS.items() for one in names.items())
+            cls.VARY = tuple(one for one in cls.READ if one[1] in plans.VARYING)
+            cls.VARY += tuple(("", name, name) for name in cls.FACTORS)
+            cls.STATE = tuple(_state(cls))
             if cls.FUNCTION is not None:
+                cls.BUILD = staticmethod(inspect.unwrap(cls.FUNCTION))
                 scripting.register(cls)
         cls.SHADOWED = any(hasattr(cls, part) for part in cls.PARTS)
 
@@ -116,6 +128,10 @@ class Loss(_Loss):
             return {"": self} | {part: getattr(self, part) for part in self.PARTS}
         return {"": self, **self._modules}
 
+    def bent(self, skip: str = "") -> tuple[str, str]:
+        """Why no single pass computes the loss, for a loss of halves: see ``TwoHalves``."""
+        return "", ""
+
     def _options(self) -> dict[str, Any]:
         """The options of FUNCTION as the attributes hold them."""
         parts = self._parts()
@@ -125,6 +141,28 @@ class Loss(_Loss):
         for part, names, read in self.READERS:
             options.update(zip(names, read(parts[part]), strict=True))
         return options
+
+    def _planned(self, input: Tensor, target: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The loss by the plan of an earlier call, from fewer looks at the attributes; or None."""
+        if torch.compiler.is_compiling() or self.SHADOWED or overridden(self, self.KIND, "forward"):
+            return None
+        parts = self._parts()
+        for name, kind in self.PARTS.items():
+            half = parts[name]
+            if type(half) is not kind or checks.hooked(half) or overridden(half, kind):
+                return None
+        varying = {option: getattr(parts[part], name) for part, option, name in self.VARY}
+        varying["mask"] = mask
+        state = (self.KIND, *[read(parts[part]) for part, read in self.STATE])
+        key, plan = plans.find(state, input, target, varying)
+        if plan is None and key is not None and not self.bent()[0]:
+            options = self._options() | {"mask": mask}
+            _, plan = plans.find(what(self.BUILD, options), input, target, options)
+            if plan is not None:
+                plans.put(key, plan)
+        if plan is None or not plan.takes(target, varying):
+            return None
+        return plan.run(input, target, varying)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles in place of this module."""
@@ -137,10 +175,19 @@ class Loss(_Loss):
         return f"{name}({', '.join(_shown(self, kind))})"
 
 
-def _reader(names: Mapping[str, str]) -> Callable[[Any], Any]:
-    """The attributes ``names.values()`` of a module as a tuple."""
-    read = operator.attrgetter(*names.values())
+def _reader(names: Collection[str]) -> Callable[[Any], Any]:
+    """The attributes of a module as a tuple."""
+    read = operator.attrgetter(*names)
     return read if len(names) > 1 else lambda module: (read(module),)
+
+
+def _state(kind: type[Loss]) -> Iterator[tuple[str, Callable[[Any], Any]]]:
+    for part in ("", *kind.PARTS):
+        names = [name for option, name in kind.OPTIONS.get(part, {}).items() if option not in plans.VARYING]
+        names += [name for name, parts in kind.ALIKE.items() if part in parts]
+        names += kind.FIXED.get(part, {})
+        if names:
+            yield part, _reader(list(dict.fromkeys(names)))
 
 
 def part_of(kind: type[nn.Module], given: Mapping[str, Any], **more: Any) -> Any:

@@ -57,6 +57,8 @@ class DiceLoss(Loss):
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.dice_loss`` with the options of this module."""
+        if (loss := self._planned(input, target, mask)) is not None:
+            return loss
         return functional.dice_loss(input, target, mask=mask, **self._options())
 
 
@@ -96,6 +98,8 @@ class GeneralizedDiceLoss(Loss):
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.generalized_dice_loss`` with the options of this module."""
+        if (loss := self._planned(input, target, mask)) is not None:
+            return loss
         w_func = self.w_func if "w_func" in overridden(self, GeneralizedDiceLoss) else None
         return functional.generalized_dice_loss(input, target, w_func=w_func, mask=mask, **self._options())
 
@@ -151,6 +155,8 @@ class TverskyLoss(Loss):
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.tversky_loss`` with the options of this module."""
+        if (loss := self._planned(input, target, mask)) is not None:
+            return loss
         return functional.tversky_loss(input, target, mask=mask, **self._options())
 
 
@@ -187,4 +193,6 @@ class MCCLoss(Loss):
 
     def forward(self, input: Tensor, target: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``functional.mcc_loss`` with the options of this module."""
+        if (loss := self._planned(input, target, mask)) is not None:
+            return loss
         return functional.mcc_loss(input, target, mask=mask, **self._options())

@@ -13,12 +13,12 @@ import re
 
 import torch
 
+from .. import refused
 from ..gpus import capabilities
 
 OLDEST = (3, 4)
 MAX_CLASSES = 512
 MIN_CAPABILITY = (7, 5)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DISTRIBUTIONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton-xpu")
 
 
@@ -69,10 +69,8 @@ def can_run(device: str, dtype: torch.dtype, classes: int) -> str:
     devices = ("cpu",) if interpreted() else ("cuda", "xpu")
     if device not in devices:
         return f"the logits are on {device}, it takes tensors on {' or '.join(devices)}"
-    if dtype not in DTYPES:
-        return f"the logits are {dtype}, it takes float32, float16, bfloat16 and float64"
-    if classes > MAX_CLASSES:
-        return f"the logits have {classes} classes, it takes up to {MAX_CLASSES}"
+    if reason := refused(dtype, classes, MAX_CLASSES):
+        return reason
     if device == "cuda" and torch.version.hip is None:
         capability = capabilities()[0]
         if capability < MIN_CAPABILITY:
