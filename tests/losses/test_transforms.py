@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import make_logits, make_mask, make_values
+from cases import make_logits, make_mask, make_values, swept
 from integration_cases import KERNELS, LOSSES, STREAMED, Step, data, layer
 from torch import func
 from torch.autograd import forward_ad
@@ -97,16 +97,10 @@ def test_vmap_gives_the_bits_of_a_loop(name, backend):
     assert torch.equal(func.vmap(lambda z: of_one(z, *others))(arguments[0]), expected)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "DiceCELoss",
-        *(
-            pytest.param(n, marks=pytest.mark.slow)
-            for n in ("GeneralizedDiceLoss", "DiceFocalLoss", "MCCLoss")
-        ),
-    ],
-)
+MODES = swept(["DiceCELoss", "GeneralizedDiceLoss", "DiceFocalLoss", "MCCLoss"], now=["DiceCELoss"])
+
+
+@pytest.mark.parametrize("name", MODES)
 def test_every_mode_of_gradcheck(name, backend):
     step = Step(name, dicekernels).double()
     logits, *others = data(name, F64, SPACE)
