@@ -6,16 +6,13 @@ The checks are functions of C++; each runs in a process of its own, as one that 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import re
-import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import captured
+from processes import captured, compiled_once
 
 CPP = Path(__file__).parents[1] / "cpp"
 SOURCES = ["emulator_test.cpp", "emulator_memory_test.cpp"]
@@ -29,24 +26,6 @@ def checks_of(source: str) -> list[str]:
 
 
 CHECKS = [name for source in SOURCES for name in checks_of(source)]
-
-
-def compiled_once(
-    tmp_path_factory: pytest.TempPathFactory, name: str, compile_into: Callable[[Path], None]
-) -> Path:
-    """The folder that ``compile_into`` has filled. All workers share one compilation."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ on this machine")
-    base = tmp_path_factory.getbasetemp()
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    folder = base.parent / f"emulator-{run}-{name}" if run else base / f"emulator-{name}"
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "done").exists():
-            compile_into(folder)
-            (folder / "done").touch()
-    return folder
 
 
 def build(tmp_path_factory: pytest.TempPathFactory, name: str, *flags: str) -> Path:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import captured
-from test_emulator import COMPILER, CPP, ORDERS, assert_passes, call, checks_of, compiled_once, run
+from processes import captured, compiled_once
+from test_emulator import COMPILER, CPP, ORDERS, assert_passes, call, checks_of, run
 
 CSRC = CPP.parent.parent / "csrc"
 # As csrc/emulated.cmake has them.

@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from cases import swept
 from test_finish import COMBINATIONS, ROWS_G, SUMS, combination, random_slots, relevant
 from torch import Tensor
 from triton_finish_cases import ALL_ROWS, DEVICE, F64, check, compiles, quiet, run, runs
@@ -239,9 +240,7 @@ KINDS = {
 
 
 @compiles
-@pytest.mark.parametrize(
-    "capability", [pytest.param(at, marks=[pytest.mark.slow] * (at != 90)) for at in (80, 90, 100, 120)]
-)
+@pytest.mark.parametrize("capability", swept((80, 90, 100, 120), now=(90,)))
 def test_no_spill(capability: int) -> None:
     with target(capability):
         for kind, batch, shape in itertools.product(KINDS, (False, True), ((2, 512, 4), (64, 2048, 512))):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import wheel_gate
 from packaging.requirements import Requirement
-from processes import captured
+from processes import captured, compiled_once
 
 import dicekernels
 from dicekernels import data, demo, dispatch
@@ -454,7 +454,11 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With CUDA where nvcc is, for one architecture."""
     asked = os.environ.get("DICEKERNELS_BUILD") or "nvcc"
     variables = {"DICEKERNELS_BUILD": asked, "DICEKERNELS_NATIVE": "0", "TORCH_CUDA_ARCH_LIST": "9.0+PTX"}
-    return build_wheel(source, tmp_path_factory.mktemp("wheel"), **variables)
+    folder = compiled_once(
+        tmp_path_factory, "wheel", lambda folder: build_wheel(source, folder / "wheel", **variables)
+    )
+    (path,) = (folder / "wheel").iterdir()
+    return path
 
 
 class TestWheel:

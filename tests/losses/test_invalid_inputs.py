@@ -15,6 +15,7 @@ from typing import Any
 import monai.losses
 import pytest
 import torch
+from cases import swept
 from torch import Tensor
 
 import dicekernels
@@ -178,7 +179,7 @@ def test_region_sums_options_that_do_not_fit(options: dict[str, Any], parts: lis
 
 
 @every_loss
-@pytest.mark.parametrize("bad", [-1, 3, 255])
+@pytest.mark.parametrize("bad", swept([-1, 3, 255], now=[3]))
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int64, F32])
 @pytest.mark.parametrize("at", [[0], [5000], [CHUNKED - 1], [CHUNKED + 9000, 9, CHUNKED + 4]])
 def test_labels_out_of_range(name: str, bad: int, dtype: torch.dtype, at: list[int]) -> None:
@@ -225,7 +226,7 @@ ACTIVATIONS: list[dict[str, Any]] = [{"softmax": True}, {"sigmoid": True}, {}]
 @every_loss
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("kind", ["labels", "values"])
-@pytest.mark.parametrize("dtype", [F32, F64, torch.float16])
+@pytest.mark.parametrize("dtype", swept([F32, F64, torch.float16], now=[F32]))
 def test_nothing_leaks_out_of_a_masked_voxel(
     name: str, activation: dict[str, Any], kind: str, dtype: torch.dtype
 ) -> None:

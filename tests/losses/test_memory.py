@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import laid_out, make_labels, make_values
+from cases import laid_out, make_labels, make_values, swept
 
 import dicekernels
 from bench.measure import profiled_memory, subprocess_resident
@@ -157,7 +157,7 @@ def resident(library, name, shape, code):
     return subprocess_resident(code, SETUP.format(**names), threads=1)
 
 
-@pytest.mark.parametrize("shape", [SHAPES[0], pytest.param(SHAPES[1], marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("shape", swept(SHAPES, now=SHAPES[:1]), ids=str)
 @pytest.mark.parametrize("name", CALLS)
 def test_resident_memory_of_forward_and_of_a_step(name, shape):
     size = 4 * torch.Size(shape).numel()

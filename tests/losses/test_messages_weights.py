@@ -30,14 +30,7 @@ def weighted(name: str, weight: Any, background: bool = True) -> list[Callable[[
     ]
 
 
-WEIGHTED = [
-    "DiceLoss",
-    "MaskedDiceLoss",
-    "DiceCELoss",
-    "FocalLoss",
-    "DiceFocalLoss",
-    "GeneralizedDiceFocalLoss",
-]
+NAMES = ["DiceLoss", "MaskedDiceLoss", "DiceCELoss", "FocalLoss", "DiceFocalLoss", "GeneralizedDiceFocalLoss"]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +51,7 @@ def test_one_number_as_weight_of_dice_ce() -> None:
         assert "weight: got 1 values, expected 4" in text and "[w] * 4" in text
 
 
-@pytest.mark.parametrize("name", [name for name in WEIGHTED if name != "DiceCELoss"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "DiceCELoss"])
 @pytest.mark.parametrize(
     ("count", "background", "expected", "part"),
     [
@@ -77,7 +70,7 @@ def test_the_weight_of_the_others_goes_with_include_background(
         assert f"Got {count}, expected {expected}" in text and part in text, text
 
 
-@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("weight", "error"),
     [
@@ -99,7 +92,7 @@ def test_what_is_no_weight(name: str, weight: Any, error: type[Exception]) -> No
         assert text == f"weight: got {weight!r}, expected {expected}"
 
 
-@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("bad", [-2.0, -math.inf, math.nan, math.inf])
 @pytest.mark.parametrize("at", [0, 2])
 def test_values_that_are_no_weights(name: str, bad: float, at: int) -> None:

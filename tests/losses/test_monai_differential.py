@@ -11,11 +11,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import monai_problems
 import monai_problems_beyond_dice
 import pytest
+from cases import swept
 from monai_differential import check, sweep
 from monai_problems import MonaiProblem
 
@@ -32,11 +32,6 @@ TRITON_SEED = FIRST_SEED + 2_000_000
 TRITON_CHUNK, TRITON_CHUNKS = 18, 12
 
 
-def chunks(count: int, first: int) -> list[Any]:
-    """The numbers of the chunks; all but the first ones are for `make test-all`."""
-    return [pytest.param(at, marks=[pytest.mark.slow] * (at >= first)) for at in range(count)]
-
-
 def chunk_of(problem: Callable[[int], MonaiProblem], first: int, size: int, backend: str) -> None:
     reason = dicekernels.unavailable_backends().get(backend)
     if reason:
@@ -44,7 +39,7 @@ def chunk_of(problem: Callable[[int], MonaiProblem], first: int, size: int, back
     sweep((problem(seed) for seed in range(first, first + size)), backend)
 
 
-@pytest.mark.parametrize("chunk", chunks(CPU_CHUNKS, 8))
+@pytest.mark.parametrize("chunk", swept(range(CPU_CHUNKS), range(8)))
 def test_kernels_give_monais_results(chunk: int) -> None:
     chunk_of(monai_problems.problem, FIRST_SEED + chunk * CHUNK, CHUNK, "cpu")
 
@@ -54,7 +49,7 @@ def test_eager_gives_monais_results(chunk: int) -> None:
     chunk_of(monai_problems.problem, EAGER_SEED + chunk * CHUNK, CHUNK, "eager")
 
 
-@pytest.mark.parametrize("chunk", chunks(MORE_CPU_CHUNKS, 12))
+@pytest.mark.parametrize("chunk", swept(range(MORE_CPU_CHUNKS), range(12)))
 def test_kernels_give_monais_results_in_more_losses(chunk: int) -> None:
     chunk_of(monai_problems_beyond_dice.problem, FIRST_SEED + chunk * MORE_CHUNK, MORE_CHUNK, "cpu")
 
@@ -66,7 +61,7 @@ def test_eager_gives_monais_results_in_more_losses(chunk: int) -> None:
 
 if interpreted():
 
-    @pytest.mark.parametrize("chunk", chunks(TRITON_CHUNKS, 1))
+    @pytest.mark.parametrize("chunk", swept(range(TRITON_CHUNKS), range(1)))
     @pytest.mark.parametrize(
         "problem", [monai_problems.problem, monai_problems_beyond_dice.problem], ids=["", "more"]
     )

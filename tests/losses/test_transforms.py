@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import make_logits, make_mask, make_values
+from cases import make_logits, make_mask, make_values, swept
 from integration_cases import KERNELS, LOSSES, STREAMED, Step, data, layer
 from torch import func
 from torch.autograd import forward_ad
@@ -97,16 +97,10 @@ def test_vmap_gives_the_bits_of_a_loop(name, backend):
     assert torch.equal(func.vmap(lambda z: of_one(z, *others))(arguments[0]), expected)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "DiceCELoss",
-        *(
-            pytest.param(n, marks=pytest.mark.slow)
-            for n in ("GeneralizedDiceLoss", "DiceFocalLoss", "MCCLoss")
-        ),
-    ],
-)
+MODES = swept(["DiceCELoss", "GeneralizedDiceLoss", "DiceFocalLoss", "MCCLoss"], now=["DiceCELoss"])
+
+
+@pytest.mark.parametrize("name", MODES)
 def test_every_mode_of_gradcheck(name, backend):
     step = Step(name, dicekernels).double()
     logits, *others = data(name, F64, SPACE)
@@ -140,13 +134,8 @@ def test_every_mode_of_gradcheck_for_region_sums(backend):
 def test_hessians_agree():
     step, arguments = Step("DiceCELoss", dicekernels), data("DiceCELoss", F64, SPACE)
     forward_over_reverse = func.hessian(step)(*arguments)
-    options = {
-        "to_onehot_y": True,
-        "softmax": True,
-        "lambda_ce": 0.5,
-        "weight": torch.tensor([0.2, 0.3, 0.5]),
-    }
-    truth = func.hessian(lambda z: reference.dice_ce_loss(z, arguments[1], **options))(arguments[0])
+    given = {"to_onehot_y": True, "softmax": True, "lambda_ce": 0.5, "weight": torch.tensor([0.2, 0.3, 0.5])}
+    truth = func.hessian(lambda z: reference.dice_ce_loss(z, arguments[1], **given))(arguments[0])
     for got in (forward_over_reverse, func.jacrev(func.jacrev(step))(*arguments)):
         assert_gradient_close(got, truth, truth, F64, "hessian")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -30,6 +31,11 @@ LAYOUTS_3D = [
 ]
 # Where the problems are: "cpu", or what tests/support/on_device.py runs the contract on.
 DEVICE = os.environ.get("DICEKERNELS_TEST_DEVICE", "cpu")
+
+
+def swept(values: Iterable[Any], now: Collection[Any]) -> list[Any]:
+    """Values of a parameter: `make test` takes those of ``now``, `make test-all` the others, too."""
+    return [pytest.param(value, marks=[pytest.mark.slow] * (value not in now)) for value in values]
 
 
 def generator(seed: int) -> torch.Generator:
