@@ -95,7 +95,7 @@ def find(
     """The key of a call, None where there is no plan for its like, and the plan that was kept under it.
 
     Args:
-        what: the loss and those of its options that are not VARYING.
+        what: the loss, those of its options that are not VARYING, and which lambdas there are.
         options: with the others.
     """
     if type(logits) is not Tensor or type(target) is not Tensor or logits.is_nested or target.is_nested:
@@ -116,8 +116,7 @@ def find(
             facts += (name, value.shape, value.dtype, value.device, value.layout)
         elif value is not None:
             facts += (name, value)
-    # Whether a lambda is there decides who reads it.
-    key = (*facts, *[name for name in LAMBDAS if name in options])
+    key = tuple(facts)
     try:
         return key, _plans.get(key)
     except TypeError:  # a list among the options

@@ -72,7 +72,8 @@ def loss(
 
 def what(build: Callable[..., Built], options: dict[str, Any]) -> plans.Key:
     """A loss and its options, as far as a plan is for them alone."""
-    return build, *((name, value) for name, value in options.items() if name not in plans.VARYING)
+    fixed = ((name, value) for name, value in options.items() if name not in plans.VARYING)
+    return build, *fixed, *(name for name in plans.LAMBDAS if name in options)
 
 
 def ignores_fractions(logits: Tensor, target: Tensor, options: dict[str, Any]) -> bool:
