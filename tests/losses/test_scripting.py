@@ -159,9 +159,7 @@ def test_a_scripted_loss_is_the_loss(name: str, options: dict[str, Any], kind: s
     ("dtype", "other"), [(BF16, BF16), (BF16, F32), (F32, BF16), (F32, F64), (F32, torch.bool)]
 )
 def test_the_dtype_of_a_dense_target(name: str, dtype: torch.dtype, other: torch.dtype) -> None:
-    loss = (
-        getattr(dicekernels, name)(ignore_index=255) if name == "DiceLoss" else getattr(dicekernels, name)()
-    )
+    loss = getattr(dicekernels, name)(**({"ignore_index": 255} if name == "DiceLoss" else {}))
     logits, target = data("hot", {}, dtype)
     assert_scripted_is_the_loss(loss, saved_and_loaded(loss), logits, target.to(other))
 
