@@ -101,6 +101,7 @@ GROUPS = {
 SLOW = {
     **{name: group.modules for name, group in GROUPS.items()},
     "identities": "identities",
+    "plans": "plans",
     "properties": "properties",
 }
 
