@@ -101,7 +101,6 @@ GROUPS = {
 SLOW = {
     **{name: group.modules for name, group in GROUPS.items()},
     "identities": "identities",
-    "plans": "plans",
     "properties": "properties",
 }
 
