@@ -161,7 +161,10 @@ def _apart(
     """The sum of an overlap loss and a focal loss with options of their own and of both."""
     region = overlap_loss(_unrounded(logits, both["reduction"]), target, **overlap, **both)
     voxel = focal_loss(logits, target, **focal, **both)
-    return _added(_scaled(region_lambda, region), _scaled(voxel_lambda, voxel))
+    region, voxel = _scaled(region_lambda, region), _scaled(voxel_lambda, voxel)
+    # Without a space MONAI's overlap is one number too, and widens no map but that of float64 logits.
+    as_torch = logits.ndim == 2 and logits.dtype != torch.float64
+    return region + voxel if as_torch else _added(region, voxel)
 
 
 @documented(like=dice_ce_loss)
