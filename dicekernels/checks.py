@@ -222,11 +222,11 @@ def class_weight(
                 weight.shape[0], classes, skipped, None if whole is None else whole.numel()
             )
         )
-    counts(weight, "the value/values of the `weight` should be no less than 0.")
+    counts(weight)
     return weight.expand(classes) if weight.ndim == 0 else weight
 
 
-def counts(weight: Tensor, rule: str) -> None:
+def counts(weight: Tensor, rule: str = "the value/values of the `weight` should be no less than 0.") -> None:
     """Raises ValueError for a value that is negative or not finite."""
     if not readable(weight):
         return
@@ -310,7 +310,7 @@ def ce_weight(weight: Tensor | None, classes: int) -> Tensor | None:
             f"class, the background included{remedy}"
         )
     if classes > 1:
-        counts(weight, "the value/values of the `weight` should be no less than 0.")
+        counts(weight)
     return weight
 
 

@@ -10,15 +10,10 @@ from .spec import BAD, Activation, SumsSpec
 from .tensors import traced
 
 
-def label_spec(ignore_index: int | None) -> SumsSpec:
-    """What the helpers of the eager backend read of a label map."""
-    return SumsSpec(dense=False, activation=Activation.NONE, rows=BAD, ignore_index=ignore_index)
-
-
 def out_of_range(labels: Tensor, classes: int, ignore_index: int | None) -> Tensor:
     """Where a label is outside [0, classes) and not ``ignore_index``."""
     wrong = (labels.long() < 0) | (labels.long() >= classes)
-    return wrong & ~eager.ignored_labels(labels, label_spec(ignore_index))
+    return wrong & ~eager.ignored_labels(labels, ignore_index)
 
 
 def check_labels(
@@ -32,8 +27,9 @@ def check_labels(
     if traced():
         return
     if deferred.reads_at_once(labels.device):
+        spec = SumsSpec(dense=False, activation=Activation.NONE, rows=BAD, ignore_index=ignore_index)
         # (B, 1) of a row: the shape that the check of the eager backend reads.
-        eager.check_labels(bad.detach().reshape(-1, 1), labels, mask, classes, label_spec(ignore_index))
+        eager.check_labels(bad.detach().reshape(-1, 1), labels, mask, classes, spec)
     else:
         deferred.raise_earlier(labels.device)
         deferred.count_later(bad.detach(), labels, classes)

@@ -77,7 +77,7 @@ class Plan(NamedTuple):
                 made[field] = checks.factor(name, value, logits)
         for field, name in self.weights:
             made[field] = options[name]
-            checks.counts(options[name], "the value/values of the `weight` should be no less than 0.")
+            checks.counts(options[name])
         weights = Weights(**made) if made else _NO_WEIGHTS
         loss = fused_loss((logits, target, mask, *weights), self.spec, self.namespace, self.dtype)
         return loss if self.shape is None else loss.reshape(self.shape)

@@ -71,7 +71,7 @@ class Piece:
             g = target[:, :, window].to(self.dtype)
         else:
             labels = target[:, :, window]
-            ignored = ignored_labels(labels, spec)
+            ignored = ignored_labels(labels, spec.ignore_index)
             labels = labels.long()
             kept = (labels >= 0) & (labels < classes)
             self.bad = (~kept & ~ignored & (m != 0)).sum(dtype=torch.float64)
@@ -312,13 +312,13 @@ def finish(
     return formulas.finish(*arguments, dtype), formulas.coef(*arguments)
 
 
-def ignored_labels(labels: Tensor, spec: SumsSpec) -> Tensor:
+def ignored_labels(labels: Tensor, ignore_index: int | None) -> Tensor:
     """Where a label map holds ``ignore_index``: float labels before their truncation, 0.7 is not 0."""
-    if spec.ignore_index is None:
+    if ignore_index is None:
         return torch.zeros_like(labels, dtype=torch.bool)
     # No integer dtype but int64 holds every index, no float dtype but float64.
     exact = labels.double() if labels.is_floating_point() else labels.long()
-    return exact == spec.ignore_index
+    return exact == ignore_index
 
 
 def check_labels(slots: Tensor, target: Tensor, mask: Tensor | None, classes: int, spec: SumsSpec) -> None:
@@ -327,7 +327,7 @@ def check_labels(slots: Tensor, target: Tensor, mask: Tensor | None, classes: in
     if count == 0:
         return
     labels = target.flatten().long()
-    wrong = ((labels < 0) | (labels >= classes)) & ~ignored_labels(target.flatten(), spec)
+    wrong = ((labels < 0) | (labels >= classes)) & ~ignored_labels(target.flatten(), spec.ignore_index)
     if mask is not None:
         wrong &= mask.flatten() != 0
     at = int(wrong.nonzero()[0])

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import checks, hints
 from ..arguments import documented
 from ..backends import eager
-from ..labels import check_labels, label_spec
+from ..labels import check_labels
 from ..prepare import kernel_dtype, like_input, plain
 from ..streamed import record_streamed, streamed_sums, voxel_sums
 from ..tensors import traced
@@ -208,7 +208,7 @@ def _terms(problem: _Problem, working: torch.dtype, z: Tensor, y: Tensor, mask: 
     bad = torch.zeros_like(m, dtype=torch.bool)
     keep: Tensor | None = None
     if ignored is not None and y.shape[1] == 1:
-        keep = (~eager.ignored_labels(y, label_spec(ignored))).to(working)
+        keep = (~eager.ignored_labels(y, ignored)).to(working)
     if problem.classes:
         labels = y.long()
         known = (labels >= 0) & (labels < problem.classes)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import checks, hints
 from ..arguments import documented
 from ..backends import eager
-from ..labels import check_labels, label_spec
+from ..labels import check_labels
 from ..prepare import kernel_dtype, like_input, plain
 from ..streamed import record_streamed, streamed_sums, sums_by_label
 from ..tensors import as_tensor
@@ -164,7 +164,7 @@ def _terms(
 ) -> Tensor:
     """(B, 2 T + 1): sum m W and sum m of the voxels of each label, and the count of labels out of range."""
     classes = matrix.shape[0]
-    ignored = eager.ignored_labels(labels, label_spec(ignore_index))
+    ignored = eager.ignored_labels(labels, ignore_index)
     labels = labels.long()
     known = (labels >= 0) & (labels < classes)
     bad = ~known & ~ignored
